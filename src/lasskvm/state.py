@@ -153,5 +153,7 @@ class VcpuState:
 
     def load_bytes(self, data: bytes) -> None:
         """The inverse of :meth:`to_bytes`; raises ValueError when the length is not that of a state."""
+        if len(data) != self.array.nbytes:
+            raise ValueError(f"a vCPU state has {self.array.nbytes} bytes, not {len(data)}")
         self.array[:] = np.frombuffer(data, np.uint64)
         self.words[TLB_FLUSH] = 1

@@ -1,0 +1,76 @@
+"""What an emulated instruction or an event delivery can end in, other than success.
+
+Handlers raise these; none of them ever leaves the vCPU's ``run()``: a :class:`GuestFault` is delivered to the
+guest, a :class:`TripleFault` becomes a shutdown exit, and :class:`Unhandleable` an internal-error exit, as in
+KVM.
+"""
+
+from __future__ import annotations
+
+from lasskvm.x86.exceptions import DB, GP, PF, SS, UD, vector_name
+
+__all__ = [
+    "GuestFault",
+    "TripleFault",
+    "Unhandleable",
+    "debug_trap",
+    "general_protection",
+    "invalid_opcode",
+    "raise_linear_fault",
+]
+
+
+class GuestFault(Exception):
+    """Exception *vector* for the guest.
+
+    ``error_code`` is None for vectors that push none. ``cr2`` is the faulting linear address of a #PF, and
+    ``dr6`` the bits that a #DB reports in DR6; both are None for the other vectors.
+    """
+
+    def __init__(
+        self, vector: int, error_code: int | None = None, cr2: int | None = None, dr6: int | None = None
+    ) -> None:
+        self.vector = vector
+        self.error_code = error_code
+        self.cr2 = cr2
+        self.dr6 = dr6
+        details = "" if error_code is None else f"({error_code:#x})"
+        super().__init__(f"{vector_name(vector)}{details}")
+
+
+class TripleFault(Exception):
+    """A fault during the delivery of #DF: the processor enters shutdown (SDM volume 3A, 7.15, interrupt 8)."""
+
+
+class Unhandleable(Exception):
+    """Something that the emulator does not implement; KVM's ``X86EMUL_UNHANDLEABLE``. ``str()`` says what it was."""
+
+
+def general_protection(error_code: int = 0) -> GuestFault:
+    """#GP with *error_code*."""
+    return GuestFault(GP, error_code)
+
+
+def invalid_opcode() -> GuestFault:
+    """#UD."""
+    return GuestFault(UD)
+
+
+def debug_trap(dr6: int) -> GuestFault:
+    """#DB that sets the bits *dr6* in DR6."""
+    return GuestFault(DB, dr6=dr6)
+
+
+def raise_linear_fault(vector: int, error_code: int, fault_address: int, external: int = 0) -> None:
+    """Raise what :mod:`lasskvm.emulator.mmu` returned as a fault; nothing when *vector* is 0.
+
+    *external* is ``ERROR_EXT`` for accesses that deliver an event: #GP and #SS then report it in their error
+    code.
+    """
+    if vector == 0:
+        return
+    if vector == PF:
+        raise GuestFault(PF, error_code, cr2=fault_address)
+    if vector in (GP, SS):
+        raise GuestFault(vector, error_code | external)
+    raise GuestFault(vector, error_code)

@@ -1,0 +1,122 @@
+"""From segment and offset to linear address, with every check that comes before paging; and loads and stores by it.
+
+In 64-bit mode the canonical rule and LASS apply, elsewhere segment types and limits do (in compatibility mode
+LASS too). A failed check is #GP(0), or #SS(0) when the access goes through the stack segment or carries the
+``STACK`` flag.
+
+Source: Intel SDM volume 3A, 6.3 to 6.5 (limit and type checking); KVM's ``__linearize()``.
+"""
+
+from __future__ import annotations
+
+from lasskvm.emulator.context import Emulation
+from lasskvm.emulator.faults import GuestFault, raise_linear_fault
+from lasskvm.emulator.mmu import check_linear, load_linear, next_linear, store_linear
+from lasskvm.emulator.modes import in_64bit_mode, in_protected_mode
+from lasskvm.lass import FETCH, STACK, WRITE
+from lasskvm.state import ATTRIBUTES, BASE, CPL, LIMIT, RFLAGS, SEGMENT_WORDS, SEGMENTS, Words
+from lasskvm.x86.exceptions import GP
+from lasskvm.x86.exceptions import SS as STACK_FAULT
+from lasskvm.x86.registers import (
+    AR_CODE,
+    AR_DB,
+    AR_EXPAND_DOWN,
+    AR_READABLE,
+    AR_UNUSABLE,
+    AR_WRITABLE,
+    FS,
+    MASK32,
+    MASK64,
+    SS,
+)
+
+__all__ = ["check_limit", "linear_address", "linearize", "load", "store"]
+
+_BYTES_PER_LOAD = 8
+_MASK16 = 0xFFFF
+
+
+def linear_address(words: Words, segment: int, offset: int) -> int:
+    """The linear address of *offset* in segment register *segment*, unchecked."""
+    base = words[SEGMENTS + SEGMENT_WORDS * segment + BASE]
+    if in_64bit_mode(words):
+        # Of the bases only those of FS and GS count (SDM volume 3A, 3.4.4).
+        return (offset + base) & MASK64 if segment >= FS else offset & MASK64
+    return (offset + base) & MASK32
+
+
+def linearize(ctx: Emulation, segment: int, offset: int, size: int, flags: int) -> int:
+    """The linear address of an access of *size* bytes at *segment*:*offset*.
+
+    *flags* describe the access (:mod:`lasskvm.lass`). Raises :class:`GuestFault`: #GP(0) or #SS(0).
+    """
+    words = ctx.words
+    address = linear_address(words, segment, offset)
+    if not in_64bit_mode(words):
+        if segment == SS:
+            flags |= STACK
+        _check_segment(words, segment, offset, size, flags)
+    vector = check_linear(words, address, size, flags, words[CPL], words[RFLAGS])
+    if vector:
+        raise GuestFault(vector, 0)
+    return address
+
+
+def load(ctx: Emulation, segment: int, offset: int, size: int, flags: int = 0) -> int:
+    """Load *size* bytes at *segment*:*offset* as a little-endian integer, at the current CPL.
+
+    Raises :class:`GuestFault`; nothing has been changed then, accessed bits aside.
+    """
+    words = ctx.words
+    address = linearize(ctx, segment, offset, size, flags)
+    value, done = 0, 0
+    while done < size:
+        step = min(_BYTES_PER_LOAD, size - done)
+        where = next_linear(words, address, done)
+        part, *fault = load_linear(words, ctx.memory, where, step, flags, words[CPL], words[RFLAGS])
+        raise_linear_fault(*fault)
+        value |= part << 8 * done
+        done += step
+    return value
+
+
+def store(ctx: Emulation, segment: int, offset: int, size: int, value: int, flags: int = 0) -> None:
+    """Store the low *size* bytes of *value* at *segment*:*offset*, at the current CPL.
+
+    Raises :class:`GuestFault`. More than eight bytes are stored in pieces, as processors do.
+    """
+    words = ctx.words
+    address = linearize(ctx, segment, offset, size, flags | WRITE)
+    done = 0
+    while done < size:
+        step = min(_BYTES_PER_LOAD, size - done)
+        where = next_linear(words, address, done)
+        part = value >> 8 * done & (1 << 8 * step) - 1
+        fault = store_linear(words, ctx.memory, where, step, part, flags, words[CPL], words[RFLAGS])
+        raise_linear_fault(*fault)
+        done += step
+
+
+def check_limit(attributes: int, limit: int, offset: int, size: int) -> bool:
+    """Whether *size* bytes at *offset* lie within a segment's *limit* (SDM volume 3A, 6.3)."""
+    last = offset + max(size, 1) - 1
+    expands_down = attributes & (AR_CODE | AR_EXPAND_DOWN) == AR_EXPAND_DOWN
+    if expands_down:
+        return offset > limit and last <= (MASK32 if attributes & AR_DB else _MASK16)
+    return last <= limit
+
+
+def _check_segment(words: Words, segment: int, offset: int, size: int, flags: int) -> None:
+    first = SEGMENTS + SEGMENT_WORDS * segment
+    attributes = words[first + ATTRIBUTES]
+    vector = STACK_FAULT if flags & STACK else GP
+    if in_protected_mode(words):
+        is_code = attributes & AR_CODE != 0
+        if attributes & AR_UNUSABLE:
+            raise GuestFault(vector, 0)
+        if flags & WRITE and (is_code or not attributes & AR_WRITABLE):
+            raise GuestFault(vector, 0)
+        if not flags & (WRITE | FETCH) and is_code and not attributes & AR_READABLE:
+            raise GuestFault(vector, 0)
+    if not check_limit(attributes, words[first + LIMIT], offset & MASK32, size):
+        raise GuestFault(vector, 0)

@@ -1,0 +1,128 @@
+"""From linear to physical: the canonical rule, LASS, and the page walk, in the order in which a processor applies them.
+
+Plain functions over integers. The TLB fill of direct execution calls them compiled; event delivery and the emulator
+call them compiled or as they are. A fault is returned, not raised: ``vector`` is 0 (no fault), or #GP or #SS with
+error code 0 for an address that is not canonical or violates LASS, or #PF with its error code.
+
+*flags* describe the access (:mod:`lasskvm.lass`); *cpl* and *rflags* are given, not read from the state, because
+direct execution keeps them elsewhere while the guest runs, and because event delivery pushes with a CPL of its own.
+Source: Intel SDM volume 3A, chapter 5 (paging), volume 1, 3.3.7 (canonical), 6.4.5 (page-crossing accesses).
+"""
+
+from lasskvm.lass import FETCH, IMPLICIT, STACK, WRITE, is_lass_violation
+from lasskvm.state import CR0, CR3, CR4, EFER, MAXPHYADDR, PDPTR0, Words
+from lasskvm.x86.address import is_canonical
+from lasskvm.x86.exceptions import GP, PF, SS
+from lasskvm.x86.paging import PhysicalMemory, load_physical, store_physical, walk
+from lasskvm.x86.registers import CR4_LA57, EFER_LMA, MASK64, RFLAGS_AC
+
+__all__ = ["check_linear", "load_linear", "store_linear", "translate"]
+
+_PAGE_OFFSET = 0xFFF
+_PAGE_SIZE = 0x1000
+_MASK32 = 0xFFFFFFFF
+
+
+def check_linear(state: Words, address: int, size: int, flags: int, cpl: int, rflags: int) -> int:
+    """The vector of the fault that an access of *size* bytes at *address* raises before paging; 0 when none.
+
+    Outside IA-32e mode linear addresses are 32 bits wide and nothing is checked here.
+    """
+    if state[EFER] & EFER_LMA == 0:
+        return 0
+    bits = 48
+    if state[CR4] & CR4_LA57 != 0:
+        bits = 57
+    last = (address + size - (size != 0)) & MASK64
+    if (
+        is_canonical(address, bits)
+        and is_canonical(last, bits)
+        and not is_lass_violation(address, size, flags, cpl, state[CR4], state[EFER], rflags)
+    ):
+        return 0
+    if flags & STACK != 0:
+        return SS
+    return GP
+
+
+def translate(
+    state: Words, memory: PhysicalMemory, address: int, size: int, flags: int, cpl: int, rflags: int
+) -> tuple[int, int, int, int]:
+    """Translate an access of *size* bytes that does not cross a page: ``(gpa, permissions, vector, error_code)``.
+
+    *permissions* (``PERM_*`` of :mod:`lasskvm.x86.paging`) are what accesses of the same kind may do to the page
+    until something changes. Accessed and dirty bits are set.
+    """
+    vector = check_linear(state, address, size, flags, cpl, rflags)
+    if vector != 0:
+        return 0, 0, vector, 0
+    explicit = flags & IMPLICIT == 0
+    user = explicit and cpl == 3
+    ac = explicit and rflags & RFLAGS_AC != 0
+    pdpte = state[PDPTR0 + ((address >> 30) & 3)]
+    gpa, permissions, error_code = walk(
+        memory, address, flags & (WRITE | FETCH), user, state[CR0], state[CR3], state[CR4], state[EFER], ac,
+        state[MAXPHYADDR], pdpte,
+    )  # fmt: skip
+    if permissions == 0:
+        return 0, 0, PF, error_code
+    return gpa, permissions, 0, 0
+
+
+def next_linear(state: Words, address: int, distance: int) -> int:
+    """*address* + *distance*, wrapped at the width of linear addresses in the current mode."""
+    moved = (address + distance) & MASK64
+    if state[EFER] & EFER_LMA == 0:
+        moved &= _MASK32
+    return moved
+
+
+def load_linear(
+    state: Words, memory: PhysicalMemory, address: int, size: int, flags: int, cpl: int, rflags: int
+) -> tuple[int, int, int, int]:
+    """Load 1 to 8 bytes, also across a page end: ``(value, vector, error_code, fault_address)``."""
+    vector = check_linear(state, address, size, flags, cpl, rflags)
+    if vector != 0:
+        return 0, vector, 0, address
+    first = _PAGE_SIZE - (address & _PAGE_OFFSET)
+    if first >= size:
+        gpa, _, vector, error_code = translate(state, memory, address, size, flags, cpl, rflags)
+        if vector != 0:
+            return 0, vector, error_code, address
+        return load_physical(memory, gpa, size), 0, 0, 0
+    rest = next_linear(state, address, first)
+    gpa, _, vector, error_code = translate(state, memory, address, first, flags, cpl, rflags)
+    if vector != 0:
+        return 0, vector, error_code, address
+    gpa2, _, vector, error_code = translate(state, memory, rest, size - first, flags, cpl, rflags)
+    if vector != 0:
+        return 0, vector, error_code, rest
+    low = load_physical(memory, gpa, first)
+    return low | (load_physical(memory, gpa2, size - first) << (8 * first)), 0, 0, 0
+
+
+def store_linear(
+    state: Words, memory: PhysicalMemory, address: int, size: int, value: int, flags: int, cpl: int, rflags: int
+) -> tuple[int, int, int]:
+    """Store 1 to 8 bytes, all or nothing: ``(vector, error_code, fault_address)``; *flags* without ``WRITE``."""
+    flags = flags | WRITE
+    vector = check_linear(state, address, size, flags, cpl, rflags)
+    if vector != 0:
+        return vector, 0, address
+    first = _PAGE_SIZE - (address & _PAGE_OFFSET)
+    if first >= size:
+        gpa, _, vector, error_code = translate(state, memory, address, size, flags, cpl, rflags)
+        if vector != 0:
+            return vector, error_code, address
+        store_physical(memory, gpa, size, value)
+        return 0, 0, 0
+    rest = next_linear(state, address, first)
+    gpa, _, vector, error_code = translate(state, memory, address, first, flags, cpl, rflags)
+    if vector != 0:
+        return vector, error_code, address
+    gpa2, _, vector, error_code = translate(state, memory, rest, size - first, flags, cpl, rflags)
+    if vector != 0:
+        return vector, error_code, rest
+    store_physical(memory, gpa, first, value & ((1 << (8 * first)) - 1))
+    store_physical(memory, gpa2, size - first, value >> (8 * first))
+    return 0, 0, 0

@@ -1,0 +1,197 @@
+"""Instructions that read and write control, debug and model-specific registers, and CPUID.
+
+Each function is a :data:`~lasskvm.emulator.completion.Handler`. Privilege is checked here too: direct
+execution's intercepts fire before its own checks for some of them.
+
+Source: Intel SDM volume 2, the instructions by name; KVM's ``handle_cr()``, ``handle_dr()``,
+``kvm_emulate_cpuid()``, ``kvm_emulate_rdmsr()`` and ``kvm_emulate_wrmsr()``.
+"""
+
+from __future__ import annotations
+
+from iced_x86 import Mnemonic, Register
+
+from lasskvm.emulator import control
+from lasskvm.emulator.completion import Handler, complete, require_cpl0
+from lasskvm.emulator.context import Emulation
+from lasskvm.emulator.decode import Decoded
+from lasskvm.emulator.faults import Unhandleable, general_protection, invalid_opcode
+from lasskvm.emulator.msrs import guest_tsc, read_msr, write_msr
+from lasskvm.emulator.operands import (
+    read_operand,
+    read_register,
+    write_operand,
+    write_register,
+)
+from lasskvm.state import (
+    APIC_BASE,
+    CR0,
+    CR2,
+    CR3,
+    CR4,
+    CR8,
+    RAX,
+    RBX,
+    RCX,
+    RDX,
+    TSC_AUX,
+    Words,
+)
+from lasskvm.x86.msr import APIC_BASE_ENABLE
+from lasskvm.x86.registers import CR4_OSXSAVE, CR4_PKE, CR4_TSD, CR4_UMIP, MASK32
+
+__all__ = ["HANDLERS"]
+
+_CR_WORDS = {0: CR0, 2: CR2, 3: CR3, 4: CR4, 8: CR8}
+_MASK16 = 0xFFFF
+
+
+def _mov(ctx: Emulation, decoded: Decoded) -> None:
+    """MOV to and from control and debug registers; other forms of MOV are not handled here."""
+    instruction = decoded.instruction
+    destination, source = instruction.op0_register, instruction.op1_register
+    if Register.CR0 <= destination <= Register.CR15:
+        _mov_to_cr(ctx, destination - Register.CR0, read_register(ctx.words, source))
+    elif Register.CR0 <= source <= Register.CR15:
+        write_register(ctx.words, destination, _mov_from_cr(ctx.words, source - Register.CR0))
+    elif Register.DR0 <= destination <= Register.DR15:
+        number = _debug_register_number(destination)
+        control.set_dr(ctx.words, number, read_register(ctx.words, source))
+    elif Register.DR0 <= source <= Register.DR15:
+        number = _debug_register_number(source)
+        write_register(ctx.words, destination, control.get_dr(ctx.words, number))
+    else:
+        raise Unhandleable(f"{instruction} is not an instruction that exits to the emulator")
+    complete(ctx, decoded)
+
+
+def _mov_to_cr(ctx: Emulation, number: int, value: int) -> None:
+    words = ctx.words
+    if number not in _CR_WORDS:
+        raise invalid_opcode()
+    require_cpl0(words)
+    if number == 0:
+        control.set_cr0(words, ctx.memory, value)
+    elif number == 2:
+        words[CR2] = value
+    elif number == 3:
+        if control.set_cr3(words, ctx.memory, value):
+            raise general_protection()
+    elif number == 4:
+        control.set_cr4(words, ctx.memory, value)
+    else:
+        control.set_cr8(words, value)
+
+
+def _mov_from_cr(words: Words, number: int) -> int:
+    if number not in _CR_WORDS:
+        raise invalid_opcode()
+    require_cpl0(words)
+    return words[_CR_WORDS[number]]
+
+
+def _debug_register_number(register: int) -> int:
+    number = register - Register.DR0
+    if number > 7:
+        raise invalid_opcode()
+    return number
+
+
+def _clts(ctx: Emulation, decoded: Decoded) -> None:
+    require_cpl0(ctx.words)
+    control.clear_task_switched(ctx.words)
+    complete(ctx, decoded)
+
+
+def _lmsw(ctx: Emulation, decoded: Decoded) -> None:
+    require_cpl0(ctx.words)
+    control.load_machine_status_word(ctx.words, ctx.memory, read_operand(ctx, decoded, 0))
+    complete(ctx, decoded)
+
+
+def _smsw(ctx: Emulation, decoded: Decoded) -> None:
+    if ctx.words[CR4] & CR4_UMIP:
+        require_cpl0(ctx.words)
+    # Memory gets 16 bits, a register as much of CR0 as it holds.
+    write_operand(ctx, decoded, 0, ctx.words[CR0])
+    complete(ctx, decoded)
+
+
+def _rdmsr(ctx: Emulation, decoded: Decoded) -> None:
+    require_cpl0(ctx.words)
+    value = read_msr(ctx, ctx.words[RCX] & MASK32)
+    _write_edx_eax(ctx.words, value)
+    complete(ctx, decoded)
+
+
+def _wrmsr(ctx: Emulation, decoded: Decoded) -> None:
+    words = ctx.words
+    require_cpl0(words)
+    write_msr(ctx, words[RCX] & MASK32, (words[RDX] & MASK32) << 32 | words[RAX] & MASK32)
+    complete(ctx, decoded)
+
+
+def _rdtsc(ctx: Emulation, decoded: Decoded) -> None:
+    _check_time_stamp_disable(ctx.words)
+    _write_edx_eax(ctx.words, guest_tsc(ctx))
+    complete(ctx, decoded)
+
+
+def _rdtscp(ctx: Emulation, decoded: Decoded) -> None:
+    if not ctx.cpuid.has("rdtscp"):
+        raise invalid_opcode()
+    _check_time_stamp_disable(ctx.words)
+    _write_edx_eax(ctx.words, guest_tsc(ctx))
+    ctx.words[RCX] = ctx.words[TSC_AUX] & MASK32
+    complete(ctx, decoded)
+
+
+def _check_time_stamp_disable(words: Words) -> None:
+    if words[CR4] & CR4_TSD:
+        require_cpl0(words)
+
+
+def _rdpmc(ctx: Emulation, decoded: Decoded) -> None:
+    """There is no performance counter, so no value of ECX is valid, whatever CR4.PCE says."""
+    raise general_protection()
+
+
+def _cpuid(ctx: Emulation, decoded: Decoded) -> None:
+    words = ctx.words
+    if ctx.msrs.cpuid_faulting:
+        require_cpl0(words)
+    words[RAX], words[RBX], words[RCX], words[RDX] = ctx.cpuid.lookup(
+        words[RAX] & MASK32,
+        words[RCX] & MASK32,
+        osxsave=bool(words[CR4] & CR4_OSXSAVE),
+        ospke=bool(words[CR4] & CR4_PKE),
+        apic_enabled=bool(words[APIC_BASE] & APIC_BASE_ENABLE),
+    )
+    complete(ctx, decoded)
+
+
+def _xsetbv(ctx: Emulation, decoded: Decoded) -> None:
+    """#UD while CR4.OSXSAVE is clear, which it is as long as CPUID does not have XSAVE."""
+    if not ctx.words[CR4] & CR4_OSXSAVE:
+        raise invalid_opcode()
+    raise Unhandleable("XSETBV: extended state is not virtualized")
+
+
+def _write_edx_eax(words: Words, value: int) -> None:
+    words[RAX], words[RDX] = value & MASK32, value >> 32
+
+
+#: The handlers of this module, by ``iced_x86.Mnemonic``.
+HANDLERS: dict[int, Handler] = {
+    Mnemonic.MOV: _mov,
+    Mnemonic.CLTS: _clts,
+    Mnemonic.LMSW: _lmsw,
+    Mnemonic.SMSW: _smsw,
+    Mnemonic.RDMSR: _rdmsr,
+    Mnemonic.WRMSR: _wrmsr,
+    Mnemonic.RDTSC: _rdtsc,
+    Mnemonic.RDTSCP: _rdtscp,
+    Mnemonic.RDPMC: _rdpmc,
+    Mnemonic.CPUID: _cpuid,
+    Mnemonic.XSETBV: _xsetbv,
+}

@@ -1,0 +1,352 @@
+"""Direct execution: one vCPU on Unicorn's translator, the part that a processor plays in KVM.
+
+:meth:`Engine.run` executes guest code from the state words until something needs the VMM, and says what in an
+:class:`EngineExit`. What is legal, what faults and where events go is decided by the functions of
+:mod:`lasskvm.emulator`, compiled or not; this class builds the instance, its hooks and its memory map.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import unicorn
+from unicorn import x86_const
+from unicorn.unicorn_py3.unicorn import uclib
+
+from lasskvm.engine import context as c
+from lasskvm.engine import entry, fill, hooks, private
+from lasskvm.engine.calibration import calibrate, library_function
+from lasskvm.engine.native import Callback
+from lasskvm.errors import HostError
+from lasskvm.memory import PAGE_CODE, PAGE_SHIFT, PAGE_SIZE, SLOT_WORDS, TABLE_FIRST, GuestMemory, Slot
+from lasskvm.state import VcpuState
+
+__all__ = ["Engine", "EngineExit", "PortHandler"]
+
+#: ``(port, size) -> value`` and ``(port, size, value) -> claimed``; None and False mean that nobody answers.
+PortHandler = tuple[Callable[[int, int], int | None], Callable[[int, int, int], bool]]
+
+# Guest-physical pages of the engine's own, where no slot can be
+_PRIVATE_GPA = 1 << 51
+_ONES_PAGE, _SINK_PAGE, _VMCB_PAGE, _MSR_MAP_PAGE = range(4)
+_PRIVATE_PAGES = 6
+_VMCB_MSR_MAP = 0x48
+
+_TCG_BUFFER_BYTES = 192 << 20
+
+_INTERCEPTED = (
+    c.SVM_EXIT_INTR, c.SVM_EXIT_IDTR_WRITE, c.SVM_EXIT_GDTR_WRITE, c.SVM_EXIT_LDTR_WRITE, c.SVM_EXIT_TR_WRITE,
+    c.SVM_EXIT_RDPMC, c.SVM_EXIT_CPUID, c.SVM_EXIT_SWINT, c.SVM_EXIT_INVD, c.SVM_EXIT_HLT, c.SVM_EXIT_INVLPG,
+    c.SVM_EXIT_MSR, c.SVM_EXIT_ICEBP, c.SVM_EXIT_WBINVD, c.SVM_EXIT_MONITOR, c.SVM_EXIT_MWAIT, c.SVM_EXIT_XSETBV,
+)  # fmt: skip
+_CR_WRITES = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 8
+_CR_READS = 1 << 8
+_ALL_DEBUG_REGISTERS = 0xFF
+
+
+@dataclass(frozen=True, slots=True)
+class EngineExit:
+    """Why a run ended: an ``EXIT_*`` reason of :mod:`lasskvm.engine.context` with its details."""
+
+    reason: int
+    vector: int = 0
+    error_code: int = 0
+    address: int = 0
+    flags: int = 0
+
+
+class Engine:
+    """Direct execution of one vCPU.
+
+    *features* are eight CPUID words in the order of ``env->features`` (leaf 1 EDX, 1 ECX, 7.0 EBX, 7.0 ECX, 7.0 EDX,
+    7.1 EAX, 80000001H EDX, ECX): what is missing in them is #UD in the guest. *ports* is called for port I/O that IOPL
+    and the TSS allow. Raises :class:`HostError` when the installed Unicorn is not the pinned one.
+    """
+
+    def __init__(self, state: VcpuState, memory: GuestMemory, ports: PortHandler) -> None:
+        self.state = state
+        self.memory = memory
+        self._ports = ports
+        self._error: BaseException | None = None
+        self._uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+        self._uc.ctl_set_cpu_model(x86_const.UC_CPU_X86_ICELAKE_SERVER)
+        self._uc.ctl_set_tcg_buffer_size(_TCG_BUFFER_BYTES)
+        self._private = mmap.mmap(-1, _PRIVATE_PAGES * PAGE_SIZE)
+        self._map(_PRIVATE_GPA, self._private, len(self._private))
+        self._uc.ctl_set_tlb_mode(unicorn.UC_TLB_VIRTUAL)
+        self._uc.ctl_exits_enabled(True)
+        calibrate(self._uc)
+        self._handle: int = self._uc._uch.value
+        self._cpu = private.cpu_of(self._handle)
+        self._env = self._cpu + private.CPU_ENV
+        self.context = np.zeros(c.CONTEXT_WORDS, np.uint64)
+        self._context_address = int(self.context.ctypes.data)
+        self._context_words = memoryview(self.context).cast("B").cast("Q")
+        self._mapped: dict[int, tuple[int, int]] = {}
+        self._hooks: list[ctypes.c_size_t] = []
+        self._fill_context()
+        self._take_over()
+        self._enter = ctypes.CFUNCTYPE(None, ctypes.c_uint64)(entry.enter.address)
+        self._forget_code = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)(
+            entry.forget_code.address
+        )
+        self._remap()
+        memory.on_layout_change = self._remap
+        memory.on_code_store = self._code_stored
+
+    # ---------------------------------------------------------------------------------------------- running
+
+    def run(self) -> EngineExit:
+        """Execute guest code from the state words until an exit; the words then hold the state at the exit."""
+        self._enter(self._context_address)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        words = self._context_words
+        if words[c.EMU_RESULT] and words[c.EXIT_REASON] == c.EXIT_STOPPED:
+            raise HostError(
+                f"Unicorn stopped with error {words[c.EMU_RESULT]} ({unicorn.UcError(words[c.EMU_RESULT])}); "
+                "please report this with the guest that caused it"
+            )
+        return EngineExit(
+            words[c.EXIT_REASON],
+            words[c.EXIT_VECTOR],
+            words[c.EXIT_ERROR_CODE],
+            words[c.EXIT_ADDRESS],
+            words[c.EXIT_FLAGS],
+        )
+
+    def run_until(self, rip: int) -> EngineExit:
+        """Like :meth:`run`, but also end (``EXIT_STOPPED``) before the instruction at linear address *rip*."""
+        self._uc.ctl_set_exits([rip])
+        try:
+            result = self.run()
+        finally:
+            self._uc.ctl_set_exits([])
+        if result.reason == c.EXIT_INTERCEPT and result.vector == c.SVM_EXIT_HLT and self._at(rip):
+            # Unicorn ends a run at an address by a HLT of its own, which is intercepted like any other.
+            return EngineExit(c.EXIT_STOPPED)
+        return result
+
+    def _at(self, linear: int) -> bool:
+        return bool(private.guest_linear_rip(self._env) == linear)
+
+    def stop_after(self, blocks: int) -> None:
+        """Let the next runs end when *blocks* more blocks have been executed."""
+        self._context_words[c.BLOCK_DEADLINE] = self._context_words[c.BLOCKS] + blocks
+        self._context_words[c.HOST_DEADLINE] = 0
+
+    def stop_at_host_time(self, monotonic_ns: int, poll_blocks: int) -> None:
+        """Let the next runs end at a time of the host's monotonic clock, asked every *poll_blocks* blocks."""
+        self._context_words[c.BLOCK_DEADLINE] = self._context_words[c.BLOCKS] + poll_blocks
+        self._context_words[c.HOST_DEADLINE] = max(1, monotonic_ns)
+        self._context_words[c.HOST_POLL_BLOCKS] = poll_blocks
+
+    def stop(self) -> None:
+        """Let the run in progress end behind the current block; for use in port handlers."""
+        uclib.uc_emu_stop(self._uc._uch)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of guest code executed so far."""
+        return self._context_words[c.BLOCKS]
+
+    @property
+    def last_block(self) -> int:
+        """The linear address at which the block executed last begins."""
+        return self._context_words[c.LAST_BLOCK]
+
+    def set_time_stamp(self, counter: int, per_block: int) -> None:
+        """Set what RDTSC gives: *counter* now, and *per_block* more for each block, or the host's nanoseconds."""
+        words = self._context_words
+        elapsed = hooks.host_nanoseconds(self._context_address) if words[c.HOST_DEADLINE] else self.blocks * per_block
+        words[c.TSC_BASE] = (counter - elapsed) % (1 << 64)
+        words[c.TSC_PER_BLOCK] = per_block
+
+    def want_interrupt_window(self, wanted: bool) -> None:
+        """Ask for ``EXIT_INTERRUPT_WINDOW`` as soon as the guest can take an interrupt; valid until taken back."""
+        self._context_words[c.WANT_INTERRUPT_WINDOW] = int(wanted)
+
+    def take_watch_hit(self) -> tuple[int, bool]:
+        """The data breakpoints that the instruction behind a #DB exit has hit, and whether TF was set only for them."""
+        words = self._context_words
+        hit, borrowed = words[c.WATCH_HIT], bool(words[c.WATCH_BORROWED_TF])
+        words[c.WATCH_HIT] = words[c.WATCH_BORROWED_TF] = 0
+        return hit, borrowed
+
+    def set_features(self, features: tuple[int, ...]) -> None:
+        """Gate the translator by the guest's CPUID (see the class); instructions that it gets wrong stay gated off."""
+        for word, (guest, hidden) in enumerate(zip(features, _EMULATED_FEATURES, strict=True)):
+            private.set_feature(self._env, word, self._native_features[word] & guest & ~hidden)
+
+    def counters(self) -> dict[str, int]:
+        """How often what happened natively, by name."""
+        return {
+            name.removeprefix("COUNT_").lower(): self._context_words[index]
+            for name, index in vars(c).items()
+            if name.startswith("COUNT_")
+        }
+
+    # ----------------------------------------------------------------------------------------------- set-up
+
+    def _fill_context(self) -> None:
+        words = self._context_words
+        words[c.UC], words[c.CPU], words[c.ENV] = self._handle, self._cpu, self._env
+        words[c.STATE] = int(self.state.array.ctypes.data)
+        words[c.MEMORY] = int(self.memory.table.ctypes.data)
+        words[c.FN_EMU_START] = _address(uclib.uc_emu_start)
+        words[c.FN_EMU_STOP] = _address(uclib.uc_emu_stop)
+        words[c.FN_MONOTONIC] = _address(ctypes.CDLL(None).clock_gettime)
+        for index, name in _LIBRARY_FUNCTIONS.items():
+            words[index] = library_function(name)
+        self._port_read_callback = _PORT_READ(self._port_read)
+        self._port_write_callback = _PORT_WRITE(self._port_write)
+        words[c.FN_PORT_READ] = _address(self._port_read_callback)
+        words[c.FN_PORT_WRITE] = _address(self._port_write_callback)
+        words[c.ONES_GPA] = _PRIVATE_GPA + _ONES_PAGE * PAGE_SIZE
+        words[c.SINK_GPA] = _PRIVATE_GPA + _SINK_PAGE * PAGE_SIZE
+        words[c.EPOCH] = 1
+        words[c.BLOCK_DEADLINE] = (1 << 64) - 1
+
+    def _take_over(self) -> None:
+        """Put our TLB fill and hooks in place, and enter SVM guest mode for the intercepts."""
+        private.set_context(self._cpu, self._context_address)
+        private.set_no_exit_request(self._handle)
+        private.replace_tlb_fill(self._cpu, fill.tlb_fill.address)
+        self._hook(unicorn.UC_HOOK_INTR, hooks.on_event)
+        self._hook(unicorn.UC_HOOK_BLOCK, hooks.on_block)
+        for instruction, hook in _INSTRUCTION_HOOKS.items():
+            self._hook(unicorn.UC_HOOK_INSN, hook, instruction)
+        self._native_features = tuple(
+            private.feature(self._env, word) for word in range(private.FEATURE_WORDS)
+        )
+        ones = _ONES_PAGE * PAGE_SIZE
+        self._private[ones : ones + PAGE_SIZE] = b"\xff" * PAGE_SIZE
+        msr_map = _MSR_MAP_PAGE * PAGE_SIZE
+        self._private[msr_map : msr_map + 2 * PAGE_SIZE] = b"\xff" * (2 * PAGE_SIZE)
+        vmcb = _VMCB_PAGE * PAGE_SIZE
+        self._private[vmcb + _VMCB_MSR_MAP : vmcb + _VMCB_MSR_MAP + 8] = (_PRIVATE_GPA + msr_map).to_bytes(8, "little")
+        instructions = sum(1 << (code - c.SVM_EXIT_FIRST_INSTRUCTION) for code in _INTERCEPTED)
+        private.set_intercepts(
+            self._env, _PRIVATE_GPA + vmcb, instructions, _CR_READS, _CR_WRITES, _ALL_DEBUG_REGISTERS,
+            _ALL_DEBUG_REGISTERS,
+        )  # fmt: skip
+
+    def _hook(self, kind: int, hook: Callback, instruction: int = 0) -> None:
+        handle = ctypes.c_size_t()
+        # An empty address range means everywhere. The instruction is a variadic argument, read for UC_HOOK_INSN only.
+        status = _HOOK_ADD(_address(uclib.uc_hook_add))(
+            self._handle, ctypes.addressof(handle), kind, hook.address, self._context_address, 1, 0, instruction
+        )
+        if status:
+            raise HostError(f"Unicorn refused a hook: {unicorn.UcError(status)}; reinstall unicorn")
+        self._hooks.append(handle)
+
+    # ----------------------------------------------------------------------------------------------- memory
+
+    def _map(self, gpa: int, buffer: mmap.mmap, size: int) -> None:
+        host = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        self._uc.mem_map_ptr(gpa, size, unicorn.UC_PROT_ALL, host)
+
+    def _remap(self) -> None:
+        """Make Unicorn's physical memory map that of the slots."""
+        wanted = {slot.gpa: (slot.host_address, slot.size) for slot in self.memory}
+        for gpa, (host, size) in list(self._mapped.items()):
+            if wanted.get(gpa) != (host, size):
+                self._uc.mem_unmap(gpa, size)
+                del self._mapped[gpa]
+        for gpa, (host, size) in wanted.items():
+            if gpa not in self._mapped:
+                self._uc.mem_map_ptr(gpa, size, unicorn.UC_PROT_ALL, host)
+                self._mapped[gpa] = (host, size)
+        self._find_ram_addresses()
+        self._uc.ctl_flush_tb()
+
+    def _find_ram_addresses(self) -> None:
+        """Learn Unicorn's own numbering of the slots' memory, in which translated code is looked up."""
+        page_address = _GET_PAGE_ADDRESS(library_function("get_page_addr_code"))
+        flush = _FLUSH(library_function("tlb_flush"))
+        words = self._context_words
+        words[c.IDENTITY_FILL] = 1
+        try:
+            for index, slot in enumerate(self.memory):
+                flush(self._cpu)
+                words[c.SLOT_RAM_ADDRESS + index] = page_address(self._env, slot.gpa)
+        finally:
+            words[c.IDENTITY_FILL] = 0
+            flush(self._cpu)
+
+    def _code_stored(self, gpa: int, size: int) -> None:
+        slot = self.memory.find(gpa)
+        assert slot is not None
+        row = int(self.memory.table.ctypes.data) + 8 * (TABLE_FIRST + SLOT_WORDS * self._index(slot))
+        first, last = gpa - slot.gpa >> PAGE_SHIFT, gpa + size - 1 - slot.gpa >> PAGE_SHIFT
+        for page in range(first, last + 1):
+            if slot.page_flags[page] & PAGE_CODE:
+                self._forget_code(self._context_address, row, page)
+
+    def _index(self, slot: Slot) -> int:
+        return next(index for index, other in enumerate(self.memory) if other is slot)
+
+    # ------------------------------------------------------------------------------------------------ ports
+
+    def _port_read(self, port: int, size: int) -> int:
+        try:
+            value = self._ports[0](port, size)
+        except BaseException as error:  # noqa: BLE001 -- ctypes would drop it; run() raises it again
+            self._error = error
+            value = None
+        return 0 if value is None else value & ((1 << 8 * size) - 1) | c.PORT_CLAIMED
+
+    def _port_write(self, port: int, size: int, value: int) -> int:
+        try:
+            claimed = self._ports[1](port, size, value & ((1 << 8 * size) - 1))
+        except BaseException as error:  # noqa: BLE001 -- as above
+            self._error = error
+            claimed = False
+        return c.PORT_CLAIMED if claimed else 0
+
+
+def _address(function: object) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+
+#: The binding's own prototype lacks the trailing instruction.
+_HOOK_ADD = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64,
+    ctypes.c_uint64, ctypes.c_int,
+)  # fmt: skip
+_PORT_READ = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32)
+_PORT_WRITE = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32)
+_GET_PAGE_ADDRESS = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)
+_FLUSH = ctypes.CFUNCTYPE(None, ctypes.c_uint64)
+
+_LIBRARY_FUNCTIONS = {
+    c.FN_TLB_SET_PAGE: "tlb_set_page",
+    c.FN_TLB_FLUSH: "tlb_flush",
+    c.FN_LOOP_EXIT_RESTORE: "cpu_loop_exit_restore",
+    c.FN_RESTORE_STATE: "cpu_restore_state",
+    c.FN_LOOP_EXIT_NOEXC: "cpu_loop_exit_noexc",
+    c.FN_CC_COMPUTE_ALL: "cpu_cc_compute_all",
+    c.FN_UPDATE_DR7: "cpu_x86_update_dr7",
+    c.FN_INVALIDATE_RANGE: "tb_invalidate_phys_range",
+}
+
+_INSTRUCTION_HOOKS = {
+    x86_const.UC_X86_INS_SYSCALL: hooks.on_syscall,
+    x86_const.UC_X86_INS_SYSENTER: hooks.on_sysenter,
+    x86_const.UC_X86_INS_IN: hooks.on_port_read,
+    x86_const.UC_X86_INS_OUT: hooks.on_port_write,
+    x86_const.UC_X86_INS_RDTSC: hooks.on_rdtsc,
+    x86_const.UC_X86_INS_RDTSCP: hooks.on_rdtscp,
+}
+
+# Instructions that the translator executes without their memory access (ENGINE: CLFLUSH family): gated off, so that
+# the #UD lets the emulator execute them.
+_CLFLUSH = 1 << 19
+_CLFLUSHOPT_CLWB = 1 << 23 | 1 << 24
+_EMULATED_FEATURES = (_CLFLUSH, 0, _CLFLUSHOPT_CLWB, 0, 0, 0, 0, 0)

@@ -1,0 +1,238 @@
+"""The TLB fill: where direct execution checks every access once.
+
+Unicorn keeps separate TLBs for user mode, supervisor mode, and supervisor mode with SMAP suspended, so what the fill
+decides (canonical, LASS, paging) holds for each later hit. :func:`tlb_fill` replaces the ``tlb_fill`` of Unicorn's CPU
+class: it knows the size of the access and the MMU index, and raises faults from within the instruction.
+
+The fill also keeps W^X per physical page: a page is never writable through a fast TLB entry while translated code of
+it exists, through whatever alias. Unicorn alone would miss writes behind the first (ENGINE pitfall 3).
+"""
+
+from numba import types
+
+from lasskvm.emulator.mmu import translate
+from lasskvm.engine.context import (
+    COUNT_CODE_INVALIDATIONS,
+    COUNT_FAULTS,
+    COUNT_FILLS,
+    EPOCH,
+    EVENT_FETCH_FROM_HOLE,
+    EVENT_MEMORY_FAULT,
+    FAULT_ADDRESS,
+    FAULT_ERROR_CODE,
+    FAULT_FLAGS,
+    FAULT_VECTOR,
+    FN_INVALIDATE_RANGE,
+    FN_LOOP_EXIT_NOEXC,
+    FN_LOOP_EXIT_RESTORE,
+    FN_RESTORE_STATE,
+    FN_TLB_FLUSH,
+    FN_TLB_SET_PAGE,
+    IDENTITY_FILL,
+    MEMORY,
+    ONES_GPA,
+    SINK_GPA,
+    SLOT_RAM_ADDRESS,
+    STATE,
+    UC,
+    WATCH_BORROWED_TF,
+    WATCH_HIT,
+)
+from lasskvm.engine.implicit import is_implicit, may_be_implicit
+from lasskvm.engine.native import callback, foreign_function, load8, load32, load64, store8, store32, store64
+from lasskvm.engine.native import words_at as words
+from lasskvm.engine.physical import find_slot
+from lasskvm.engine.private import (
+    CPU_ENV,
+    MMU_USER,
+    context_of,
+    guest_cpl,
+    guest_rflags,
+    set_exception_index,
+    set_single_step,
+)
+from lasskvm.engine.watch import watch_hit, watched_page
+from lasskvm.lass import FETCH, IMPLICIT, WRITE
+from lasskvm.memory import (
+    PAGE_CODE,
+    PAGE_DIRTY,
+    SLOT_FLAGS,
+    SLOT_PAGE_FLAGS,
+    SLOT_READONLY,
+    SLOT_WRITE_EPOCHS,
+)
+from lasskvm.state import STATE_WORDS
+from lasskvm.x86.paging import PERM_R, PERM_W, PERM_X
+from lasskvm.x86.registers import MASK64, RFLAGS_TF
+
+__all__ = ["fill", "flush_tlb", "invalidate_page", "tlb_fill"]
+
+_PAGE_MASK = MASK64 ^ 0xFFF
+_PAGE_SIZE = 0x1000
+_PAGE_SHIFT = 12
+#: A TLB entry of this size makes every access come back to the fill.
+_EVERY_ACCESS = 1
+
+#: Unicorn's access types.
+_ACCESS_STORE, _ACCESS_FETCH = 1, 2
+
+_tlb_set_page = foreign_function(0, 64, 64, 64, 32, 32, 64)
+_tlb_flush = foreign_function(0, 64)
+_invalidate_range = foreign_function(0, 64, 64, 64)
+_loop_exit_restore = foreign_function(0, 64, 64)
+_restore_state = foreign_function(8, 64, 64, 8)
+_loop_exit_noexc = foreign_function(0, 64)
+
+
+@callback(types.uint8, types.uint64, types.uint64, types.uint32, types.uint32, types.uint32, types.uint8, types.uint64)
+def tlb_fill(cpu, address, size, access, mmu_index, probe, return_address):  # type: ignore[no-untyped-def]
+    """``CPUClass.tlb_fill``: install a TLB entry and return 1, or raise the guest's fault.
+
+    *return_address* is 0 while code is translated; *probe* asks to return 0 instead of raising.
+    """
+    return fill(cpu, address, size & 0xFFFF, access & 3, mmu_index & 3, probe & 1, return_address)
+
+
+def fill(
+    cpu: int, address: int, size: int, access: int, mmu_index: int, probe: int, return_address: int
+) -> int:
+    """The body of :func:`tlb_fill`, over unsigned words."""
+    context = context_of(cpu)
+    env = cpu + CPU_ENV
+    if load64(context + 8 * IDENTITY_FILL) != 0:
+        _install(cpu, context, address, address & (_PAGE_MASK >> 12), PERM_R | PERM_X, mmu_index, _PAGE_SIZE)
+        return 1
+    store64(context + 8 * COUNT_FILLS, load64(context + 8 * COUNT_FILLS) + 1)
+    state = words(load64(context + 8 * STATE), STATE_WORDS)
+    memory = load64(context + 8 * MEMORY)
+    cpl = guest_cpl(env)
+    rflags = guest_rflags(env)
+    flags = 0
+    every_access = False
+    if access == _ACCESS_FETCH:
+        flags = FETCH
+    else:
+        if access == _ACCESS_STORE:
+            flags = WRITE
+        if cpl == 3:
+            if mmu_index != MMU_USER:
+                flags |= IMPLICIT
+        elif may_be_implicit(state, address, rflags):
+            every_access = True
+            if return_address != 0:
+                _restore_state(load64(context + 8 * FN_RESTORE_STATE), cpu, return_address, 0)
+            if is_implicit(env, state, memory):
+                flags |= IMPLICIT
+    gpa, permissions, vector, error_code = translate(state, memory, address, size, flags, cpl, rflags)
+    if vector != 0:
+        if probe != 0:
+            return 0
+        _raise_fault(cpu, context, return_address, vector, error_code, address, flags)
+    slot = find_slot(memory, gpa)
+    if slot == 0:
+        if flags & FETCH != 0:
+            store64(context + 8 * FAULT_ADDRESS, gpa)
+            set_exception_index(cpu, EVENT_FETCH_FROM_HOLE)
+            _loop_exit_restore(load64(context + 8 * FN_LOOP_EXIT_RESTORE), cpu, return_address)
+        _install_hole(cpu, context, address, permissions, flags, mmu_index)
+        return 1
+    page = (gpa - load64(slot)) >> _PAGE_SHIFT
+    if load64(slot + 8 * SLOT_FLAGS) & SLOT_READONLY != 0:
+        if flags & WRITE != 0:
+            _install_hole(cpu, context, address, permissions, flags, mmu_index)
+            return 1
+        permissions &= PERM_R | PERM_X
+    permissions = _keep_write_xor_execute(cpu, context, memory, slot, page, permissions, flags)
+    if permissions & PERM_W != 0:
+        page_flags = load64(slot + 8 * SLOT_PAGE_FLAGS) + page
+        store8(page_flags, load8(page_flags) | PAGE_DIRTY)
+    if flags & FETCH == 0 and watched_page(state, address):
+        every_access = True
+        hit = watch_hit(state, address, size, flags)
+        if hit != 0 and load64(context + 8 * WATCH_HIT) == 0:
+            # Data breakpoints are traps: run the instruction again under TF and report both when it has ended.
+            store64(context + 8 * WATCH_HIT, hit)
+            _restore_state(load64(context + 8 * FN_RESTORE_STATE), cpu, return_address, 0)
+            store64(context + 8 * WATCH_BORROWED_TF, (rflags & RFLAGS_TF) ^ RFLAGS_TF)
+            set_single_step(env, RFLAGS_TF)
+            _loop_exit_noexc(load64(context + 8 * FN_LOOP_EXIT_NOEXC), cpu)
+    extent = _PAGE_SIZE
+    if every_access:
+        extent = _EVERY_ACCESS
+    _install(cpu, context, address, gpa, permissions, mmu_index, extent)
+    return 1
+
+
+def _install(
+    cpu: int, context: int, address: int, gpa: int, permissions: int, mmu_index: int, extent: int
+) -> None:
+    _tlb_set_page(
+        load64(context + 8 * FN_TLB_SET_PAGE), cpu, address & _PAGE_MASK, gpa & _PAGE_MASK, permissions, mmu_index, extent
+    )
+
+
+def _install_hole(cpu: int, context: int, address: int, permissions: int, flags: int, mmu_index: int) -> None:
+    """Nothing answers: reads give all ones, writes are dropped; reading and writing must not share an entry."""
+    gpa = load64(context + 8 * ONES_GPA)
+    allowed = permissions & PERM_R
+    if flags & WRITE != 0:
+        gpa = load64(context + 8 * SINK_GPA)
+        allowed = permissions & PERM_W
+    _install(cpu, context, address, gpa, allowed, mmu_index, _EVERY_ACCESS)
+
+
+def _raise_fault(
+    cpu: int, context: int, return_address: int, vector: int, error_code: int, address: int, flags: int
+) -> None:
+    store64(context + 8 * COUNT_FAULTS, load64(context + 8 * COUNT_FAULTS) + 1)
+    store64(context + 8 * FAULT_VECTOR, vector)
+    store64(context + 8 * FAULT_ERROR_CODE, error_code)
+    store64(context + 8 * FAULT_ADDRESS, address)
+    store64(context + 8 * FAULT_FLAGS, flags)
+    set_exception_index(cpu, EVENT_MEMORY_FAULT)
+    _loop_exit_restore(load64(context + 8 * FN_LOOP_EXIT_RESTORE), cpu, return_address)
+
+
+def _keep_write_xor_execute(
+    cpu: int, context: int, memory: int, slot: int, page: int, permissions: int, flags: int
+) -> int:
+    """What of *permissions* the entry may have so that no store can miss translated code of the page."""
+    page_flags = load64(slot + 8 * SLOT_PAGE_FLAGS) + page
+    write_epoch = load64(slot + 8 * SLOT_WRITE_EPOCHS) + page * 4
+    has_code = load8(page_flags) & PAGE_CODE != 0
+    if flags & FETCH != 0:
+        if not has_code:
+            store8(page_flags, load8(page_flags) | PAGE_CODE)
+            if load32(write_epoch) == load64(context + 8 * EPOCH):
+                flush_tlb(cpu, context)
+        # Writable and executable at once: Unicorn then checks each store, which is exact.
+        return permissions
+    if not has_code:
+        if permissions & PERM_W != 0:
+            store32(write_epoch, load64(context + 8 * EPOCH))
+        return permissions & (PERM_R | PERM_W)
+    if permissions & PERM_X != 0:
+        return permissions
+    if flags & WRITE != 0:
+        invalidate_page(cpu, context, memory, slot, page)
+        store32(write_epoch, load64(context + 8 * EPOCH))
+        return permissions
+    return permissions & PERM_R
+
+
+def flush_tlb(cpu: int, context: int) -> None:
+    """Forget all translations of linear addresses."""
+    _tlb_flush(load64(context + 8 * FN_TLB_FLUSH), cpu)
+    store64(context + 8 * EPOCH, (load64(context + 8 * EPOCH) + 1) & 0xFFFFFFFF)
+
+
+def invalidate_page(cpu: int, context: int, memory: int, slot: int, page: int) -> None:
+    """Forget all translated code of page *page* of the slot at table address *slot*."""
+    store64(context + 8 * COUNT_CODE_INVALIDATIONS, load64(context + 8 * COUNT_CODE_INVALIDATIONS) + 1)
+    index = (slot - memory) // (8 * 8)
+    start = load64(context + 8 * (SLOT_RAM_ADDRESS + index)) + (page << _PAGE_SHIFT)
+    _invalidate_range(load64(context + 8 * FN_INVALIDATE_RANGE), load64(context + 8 * UC), start, start + _PAGE_SIZE)
+    page_flags = load64(slot + 8 * SLOT_PAGE_FLAGS) + page
+    store8(page_flags, load8(page_flags) & (0xFF ^ PAGE_CODE))
+    flush_tlb(cpu, context)
+

@@ -1,0 +1,25 @@
+"""Guest images: pulling and caching kernels, and building an initramfs for them.
+
+:func:`resolve` (:mod:`.catalog`) finds the image a person names; :func:`pull_debian` (:mod:`.debian`,
+:mod:`.apt`, :mod:`.apt_sources`) gets a current one into the :class:`ImageCache` (:mod:`.cache`).
+:class:`Initramfs` (:mod:`.initramfs`) builds archives; :func:`program_initramfs` and
+:func:`shell_initramfs` (:mod:`.guest_init`) build the two that ``lasskvm run`` uses.
+"""
+
+from lasskvm.images.cache import Image, ImageCache, Manifest
+from lasskvm.images.catalog import IMAGE_NAMES, resolve
+from lasskvm.images.debian import pull as pull_debian
+from lasskvm.images.guest_init import program_initramfs, shell_initramfs
+from lasskvm.images.initramfs import Initramfs
+
+__all__ = [
+    "IMAGE_NAMES",
+    "Image",
+    "ImageCache",
+    "Initramfs",
+    "Manifest",
+    "program_initramfs",
+    "pull_debian",
+    "resolve",
+    "shell_initramfs",
+]

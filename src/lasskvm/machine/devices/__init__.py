@@ -1,0 +1,25 @@
+"""The devices of the PC, one per file. None knows another: they meet on the buses and raise interrupt lines.
+
+The interrupt controllers and the interval timer, which KVM keeps in the kernel, are in
+:mod:`lasskvm.kvm.irqchip`.
+"""
+
+from lasskvm.machine.devices.debug_console import DebugConsole
+from lasskvm.machine.devices.debug_exit import DebugExit
+from lasskvm.machine.devices.i8042 import I8042
+from lasskvm.machine.devices.port92 import Port92
+from lasskvm.machine.devices.post_port import PostPort
+from lasskvm.machine.devices.rtc import RTC_IRQ, Rtc
+from lasskvm.machine.devices.uart16550 import COM1_IRQ, Uart16550
+
+__all__ = [
+    "COM1_IRQ",
+    "RTC_IRQ",
+    "DebugConsole",
+    "DebugExit",
+    "I8042",
+    "Port92",
+    "PostPort",
+    "Rtc",
+    "Uart16550",
+]
