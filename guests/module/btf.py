@@ -65,7 +65,9 @@ class Btf:
     def __init__(self, data: bytes) -> None:
         if len(data) < _HEADER.size:
             raise ImageError(_DAMAGED)
-        magic, _version, _flags, header, type_start, type_size, string_start, string_size = _HEADER.unpack_from(data)
+        magic, _version, _flags, header, type_start, type_size, string_start, string_size = (
+            _HEADER.unpack_from(data)
+        )
         if magic != _MAGIC or header + max(type_start + type_size, string_start + string_size) > len(data):
             raise ImageError(_DAMAGED)
         self._types = memoryview(data)[header + type_start :][:type_size]
@@ -77,7 +79,9 @@ class Btf:
         for name_offset, info, size, start in self._walk():
             if (info >> _KIND_SHIFT) & _KIND_MASK == _KIND_STRUCT and self._string(name_offset) == wanted:
                 return Struct(name, size, self._offsets(info, start))
-        raise ImageError(f"has no struct {name} in its type information; use a kernel built with CONFIG_MODULES=y")
+        raise ImageError(
+            f"has no struct {name} in its type information; use a kernel built with CONFIG_MODULES=y"
+        )
 
     def _walk(self) -> Iterator[tuple[int, int, int, int]]:
         """Name, info word, size or type, and the place of what follows, for each type."""

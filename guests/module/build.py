@@ -5,11 +5,12 @@
     python guests/module/build.py VMLINUZ DIRECTORY
 
 A distribution's headers want the compiler that built the kernel and host tools for its C library, and vanish
-from the mirror with the next upload. All this module needs of them is the layout of two structures and the version
-string a module must carry, and the kernel image has both: its BTF type information and its read-only data.
-So a small linux/module.h is written from those, and the host's gcc compiles the module against it.
-Works for x86-64 kernels with CONFIG_DEBUG_INFO_BTF and without CONFIG_MODVERSIONS and enforced signatures, as Debian
-builds them. Beside lass_kernel.ko the directory gets lass_supervisor, the static program that carries it.
+from the mirror with the next upload. All this module needs of them is the layout of two structures and the
+version string that a module must carry, and the kernel image has both: its BTF type information and its
+read-only data. So a small linux/module.h is written from those, and the host's gcc compiles the module
+against it. Works for x86-64 kernels with CONFIG_DEBUG_INFO_BTF that neither check symbol versions
+(CONFIG_MODVERSIONS) nor enforce signatures, as Debian builds them. Beside lass_kernel.ko the directory gets
+lass_supervisor, the static program that carries it.
 """
 
 from __future__ import annotations
@@ -36,10 +37,18 @@ PROGRAM_NAME = "lass_supervisor"
 
 #: Code for the kernel's address space and ABI: no red zone, no vector registers, no position independence.
 MODULE_FLAGS = (
-    "-O1 -std=gnu11 -Wall -ffreestanding -fno-pic -fno-common -fno-stack-protector "
-    "-fno-asynchronous-unwind-tables -fno-delete-null-pointer-checks -fcf-protection=branch "
-    "-mcmodel=kernel -mno-red-zone -mgeneral-regs-only"
-).split()
+    *(
+        "-O1",
+        "-std=gnu11",
+        "-Wall",
+        "-ffreestanding",
+        "-mcmodel=kernel",
+        "-mno-red-zone",
+        "-mgeneral-regs-only",
+    ),
+    *("-fno-pic", "-fno-common", "-fno-stack-protector", "-fno-asynchronous-unwind-tables"),
+    *("-fno-delete-null-pointer-checks", "-fcf-protection=branch"),
+)
 
 #: `UTS_RELEASE SMP preempt mod_unload `, as include/linux/vermagic.h puts it together.
 VERMAGIC = re.compile(rb"\0(\d+\.\d+[^\0 ]* [^\0]*mod_unload[^\0]*)\0")
@@ -93,11 +102,12 @@ MODULE_INFO("name={name}");
 MODULE_INFO("vermagic={vermagic}");
 
 #define module_param(variable, type, mode) \\
-	static const struct kernel_param parameter_##variable SECTION("__param", 8) = {{ \\
-		.name = #variable, .mod = &__this_module, .ops = param_ops_##type, \\
-		.perm = mode, .level = -1, .arg = &variable }}
+    static const struct kernel_param parameter_##variable SECTION("__param", 8) = {{ \\
+        .name = #variable, .mod = &__this_module, .ops = param_ops_##type, \\
+        .perm = mode, .level = -1, .arg = &variable }}
 #define module_init(function) \\
-	struct module __this_module SECTION(".gnu.linkonce.this_module", 64) = {{ .name = "{name}", .init = function }}
+    struct module __this_module SECTION(".gnu.linkonce.this_module", 64) = {{ \\
+        .name = "{name}", .init = function }}
 """
 
 
@@ -171,10 +181,12 @@ def module_header(vmlinux: bytes) -> str:
 
 
 def c_declaration(struct: Struct, members: Mapping[str, Member]) -> str:
-    """*struct* in C with only the given *members*, each at its offset, padding between, and the right size."""
+    """*struct* in C with only the given *members*, each at its offset, and padding up to its size."""
     missing = members.keys() - struct.offsets.keys()
     if missing:
-        raise ImageError(f"has a struct {struct.name} without {', '.join(sorted(missing))}; adapt build.py to it")
+        raise ImageError(
+            f"has a struct {struct.name} without {', '.join(sorted(missing))}; adapt build.py to it"
+        )
     lines, end = [], 0
     for name, member in sorted(members.items(), key=lambda item: struct.offsets[item[0]]):
         lines += [padding(end, struct.offsets[name]), member.declaration]

@@ -1,1 +1,1 @@
-"""KVM's emulation path: instructions and events executed on the state words instead of by direct execution."""
+"""KVM's emulation path: instructions and events on the state words instead of by direct execution."""

@@ -1,4 +1,4 @@
-"""What an emulated instruction may touch: one vCPU's state words, guest memory, CPUID, MSRs and the time-stamp counter."""
+"""What an emulated instruction may touch: state words, guest memory, CPUID, MSRs, time-stamp counter."""
 
 from __future__ import annotations
 

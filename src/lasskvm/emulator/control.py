@@ -152,7 +152,7 @@ def set_cr3(state: Words, memory: PhysicalMemory, value: int) -> int:
 
 
 def load_pdptes(state: Words, memory: PhysicalMemory, cr3: int) -> int:
-    """Load the PDPTE registers of PAE paging from the table at *cr3*: 0, or #GP's vector with nothing changed."""
+    """Load the PDPTE registers from the table at *cr3*: 0, or #GP's vector with nothing changed."""
     table = cr3 & _CR3_PDPT_ADDRESS
     first = load_physical(memory, table, _PDPTE_BYTES)
     second = load_physical(memory, table + _PDPTE_BYTES, _PDPTE_BYTES)

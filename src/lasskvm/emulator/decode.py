@@ -11,7 +11,7 @@ error code).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from iced_x86 import (
     CodeSize,
@@ -47,6 +47,7 @@ __all__ = [
     "fetch_instruction",
     "is_read_modify_write",
     "is_stack_access",
+    "register_info",
 ]
 
 MAX_INSTRUCTION_LENGTH = 15
@@ -110,6 +111,12 @@ class Decoded:
     bits: int
     operand: MemoryOperand | None
     accesses: tuple[MemoryOperand, ...]
+
+
+@cache
+def register_info(register: int) -> RegisterInfo:
+    """iced-x86's facts about *register* (``iced_x86.Register``)."""
+    return RegisterInfo(register)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=_CACHED_INSTRUCTIONS)
@@ -183,7 +190,7 @@ def effective_address(words: Words, decoded: Decoded, operand: MemoryOperand) ->
 
 
 def is_stack_access(words: Words, decoded: Decoded, address: int) -> bool:
-    """Whether the access that *decoded* makes at linear *address* is a stack access: its fault is #SS, not #GP.
+    """Whether what *decoded* accesses at linear *address* is the stack: faults are #SS and not #GP.
 
     In 64-bit mode: pushes, pops and operands based on RSP or RBP, unless FS or GS overrides; elsewhere,
     accesses through SS. An instruction like ``push [rax]`` makes both kinds, so the address decides.
@@ -203,7 +210,7 @@ def is_read_modify_write(words: Words, decoded: Decoded, address: int) -> bool:
 
 
 def _access_at(words: Words, decoded: Decoded, address: int) -> MemoryOperand | None:
-    """The access that covers *address*; else the first one, for instructions whose extent depends on the state."""
+    """The access that covers *address*; else the first one, for those whose extent depends on the state."""
     for operand in decoded.accesses:
         offset = effective_address(words, decoded, operand)
         start = linear_address(words, operand.segment, offset)
@@ -242,7 +249,7 @@ def _explicit_operand(instruction: Instruction, bits: int) -> MemoryOperand:
 def _explicit_address_mask(instruction: Instruction, bits: int) -> int:
     for register in (instruction.memory_base, instruction.memory_index):
         if register != Register.NONE:
-            return (1 << 8 * RegisterInfo(register).size) - 1
+            return (1 << 8 * register_info(register).size) - 1
     # Without registers the width of the displacement tells; iced-x86 gives 8 for a 64-bit address size.
     return {8: MASK64, 4: MASK32, 2: _MASK16}.get(instruction.memory_displ_size, (1 << bits) - 1)
 
@@ -282,6 +289,6 @@ def _word_and_mask(register: int) -> tuple[int, int]:
     """The state word that holds *register*, and the bits of it that an address uses."""
     if register == Register.NONE:
         return _NO_WORD, 0
-    info = RegisterInfo(register)
+    info = register_info(register)
     # AL, XLAT's index, is the only byte register in an address; it is the low byte of word 0.
     return info.full_register - Register.RAX, (1 << 8 * info.size) - 1

@@ -259,7 +259,7 @@ def gate_code_segment(
 
 
 def pushed_flags(state: Words, vector: int, kind: int) -> int:
-    """The RFLAGS image of the frame: RF is 1 for fault-class exceptions, 0 for software interrupts, else as it is.
+    """The RFLAGS image to push: RF is 1 for fault-class exceptions, 0 for INT n, else as it is.
 
     An instruction resumed after a fault must not hit its own instruction breakpoint again (SDM volume 3B,
     18.3.1.1).
@@ -289,7 +289,7 @@ def _push_frame(
     error_code: int,
     has_error_code: int,
 ) -> tuple[int, int, int, int]:
-    """Push SS, RSP, RFLAGS, CS, RIP and the error code below *top*: ``(rsp, vector, error_code, fault_address)``."""
+    """Push SS, RSP, RFLAGS, CS, RIP, error code: ``(new_rsp, vector, error_code, fault_address)``."""
     size = _FRAME_BYTES
     if has_error_code != 0:
         size = _FRAME_BYTES + _WORD_BYTES

@@ -39,11 +39,11 @@ class GuestFault(Exception):
 
 
 class TripleFault(Exception):
-    """A fault during the delivery of #DF: the processor enters shutdown (SDM volume 3A, 7.15, interrupt 8)."""
+    """A fault while #DF is delivered: the processor enters shutdown (SDM volume 3A, 7.15)."""
 
 
 class Unhandleable(Exception):
-    """Something that the emulator does not implement; KVM's ``X86EMUL_UNHANDLEABLE``. ``str()`` says what it was."""
+    """What the emulator does not implement; KVM's ``X86EMUL_UNHANDLEABLE``. ``str()`` says what it was."""
 
 
 def general_protection(error_code: int = 0) -> GuestFault:

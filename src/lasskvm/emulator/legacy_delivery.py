@@ -23,7 +23,7 @@ from lasskvm.emulator.segments import (
     set_accessed,
     set_segment,
 )
-from lasskvm.emulator.tables import is_null_selector, load_descriptor, selector_error_code
+from lasskvm.emulator.tables import is_null_selector, load_descriptor, load_system, selector_error_code
 from lasskvm.lass import STACK
 from lasskvm.state import (
     ATTRIBUTES,
@@ -96,6 +96,7 @@ _SELECTOR_BYTES = 2
 _WORD16_BYTES, _WORD32_BYTES = 2, 4
 _REAL_MODE_ENTRY_BYTES = 4
 _PARAGRAPH_SHIFT = 4
+_VECTOR_SHIFT = 3
 _INTERRUPT_GATES = (SYS_INTERRUPT_GATE, SYS_INTERRUPT_GATE16)
 _GATES32 = (SYS_INTERRUPT_GATE, SYS_TRAP_GATE)
 _GATES16 = (SYS_INTERRUPT_GATE16, SYS_TRAP_GATE16)
@@ -134,7 +135,7 @@ def _deliver_real_mode(
 ) -> None:
     offset = vector * _REAL_MODE_ENTRY_BYTES
     if offset + _REAL_MODE_ENTRY_BYTES - 1 > words[IDT_LIMIT]:
-        raise GuestFault(GP, vector << 3 | ERROR_IDT | external)
+        raise GuestFault(GP, vector << _VECTOR_SHIFT | ERROR_IDT | external)
     entry = _load(words, memory, words[IDT_BASE] + offset & MASK32, _REAL_MODE_ENTRY_BYTES, external)
     instruction_pointer, selector = entry & _MASK16, entry >> 16
     if instruction_pointer > words[segment_word(CS, LIMIT)]:
@@ -173,10 +174,9 @@ def _deliver_protected_mode(
         frame: list[int] = []
     else:
         stack = _stack_from_tss(words, memory, new_cpl, external)
-        frame = [
-            words[segment_word(number, SELECTOR)] for number in _VIRTUAL_8086_PUSHES if from_virtual_8086
-        ]
-        frame += [words[segment_word(SS, SELECTOR)], words[RSP]]
+        frame = [words[segment_word(SS, SELECTOR)], words[RSP]]
+        if from_virtual_8086:
+            frame = [words[segment_word(number, SELECTOR)] for number in _VIRTUAL_8086_PUSHES] + frame
     if entry > code.limit:
         raise GuestFault(GP, external)
     frame += [pushed_flags(words, vector, kind), words[segment_word(CS, SELECTOR)], return_rip]
@@ -202,7 +202,7 @@ def _deliver_protected_mode(
 def _load_gate(
     words: Words, memory: PhysicalMemory, vector: int, kind: int, external: int
 ) -> tuple[int, int]:
-    error_code = vector << 3 | ERROR_IDT | external
+    error_code = vector << _VECTOR_SHIFT | ERROR_IDT | external
     offset = vector * DESCRIPTOR_BYTES
     if offset + DESCRIPTOR_BYTES - 1 > words[IDT_LIMIT]:
         raise GuestFault(GP, error_code)
@@ -237,7 +237,8 @@ def _stack_from_tss(words: Words, memory: PhysicalMemory, cpl: int, external: in
         raise GuestFault(INVALID_TSS, external)
     error_code = selector_error_code(selector) | external
     descriptor, vector, fault_code, fault_address = load_descriptor(words, memory, selector)
-    if vector == GP and fault_code == selector_error_code(selector):
+    if vector == GP:
+        # The selector points outside its table; nothing else raises #GP here.
         raise GuestFault(INVALID_TSS, error_code)
     raise_linear_fault(vector, fault_code, fault_address, external)
     attributes = segment_attributes(descriptor)
@@ -248,6 +249,13 @@ def _stack_from_tss(words: Words, memory: PhysicalMemory, cpl: int, external: in
         raise GuestFault(STACK_FAULT, error_code)
     descriptor = set_accessed(words, memory, selector, descriptor, external)
     return _Stack(segment_from_descriptor(selector, descriptor), pointer, cpl, error_code)
+
+
+def _load(words: Words, memory: PhysicalMemory, address: int, size: int, external: int) -> int:
+    """Load from the vector table, IDT or TSS, as the implicit access it is."""
+    value, *fault = load_system(words, memory, address, size)
+    raise_linear_fault(*fault, external)
+    return value
 
 
 def _current_stack(words: Words, external: int) -> _Stack:

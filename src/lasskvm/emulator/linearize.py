@@ -1,4 +1,4 @@
-"""From segment and offset to linear address, with every check that comes before paging; and loads and stores by it.
+"""From segment and offset to linear address with the checks that precede paging; loads and stores by it.
 
 In 64-bit mode the canonical rule and LASS apply, elsewhere segment types and limits do (in compatibility mode
 LASS too). A failed check is #GP(0), or #SS(0) when the access goes through the stack segment or carries the

@@ -73,7 +73,7 @@ def mtrr_mask(words: Words, value: int) -> bool:
 
 
 def apic_base(words: Words, value: int) -> bool:
-    """A physical page address with the BSP and enable bits; there is no x2APIC mode without a local APIC's consent."""
+    """A physical page address, BSP and enable bits. A local APIC with x2APIC mode attaches itself."""
     return not value & (_APIC_BASE_RESERVED | APIC_BASE_X2APIC | _above_maxphyaddr(words))
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing the operands of a decoded instruction: registers by their iced-x86 number, memory by LASS rules.
+"""Reading and writing the operands of a decoded instruction: general-purpose registers and memory.
 
 Source: Intel SDM volume 1, 3.4.1.1 (a 32-bit result clears the upper half of a register, narrower ones leave
 it).
@@ -6,10 +6,10 @@ it).
 
 from __future__ import annotations
 
-from iced_x86 import OpKind, Register, RegisterInfo
+from iced_x86 import OpKind, Register
 
 from lasskvm.emulator.context import Emulation
-from lasskvm.emulator.decode import Decoded, MemoryOperand, effective_address
+from lasskvm.emulator.decode import Decoded, MemoryOperand, effective_address, register_info
 from lasskvm.emulator.linearize import load, store
 from lasskvm.lass import STACK
 from lasskvm.state import RAX, Words
@@ -31,7 +31,7 @@ _HIGH_BYTE_REGISTERS = (Register.AH, Register.CH, Register.DH, Register.BH)
 
 def read_register(words: Words, register: int) -> int:
     """The value of general-purpose *register* (``iced_x86.Register``), of any width."""
-    info = RegisterInfo(register)
+    info = register_info(register)
     value = words[RAX + info.full_register - Register.RAX]
     if register in _HIGH_BYTE_REGISTERS:
         value >>= 8
@@ -40,7 +40,7 @@ def read_register(words: Words, register: int) -> int:
 
 def write_register(words: Words, register: int, value: int) -> None:
     """Write the low bits of *value* to general-purpose *register*; a 32-bit write clears the upper half."""
-    info = RegisterInfo(register)
+    info = register_info(register)
     word = RAX + info.full_register - Register.RAX
     mask = (1 << 8 * info.size) - 1
     if info.size == 4:
@@ -58,7 +58,7 @@ def is_register_operand(decoded: Decoded, number: int) -> bool:
 def operand_size(decoded: Decoded, number: int) -> int:
     """The size of register or memory operand *number*, in bytes."""
     if is_register_operand(decoded, number):
-        return int(RegisterInfo(decoded.instruction.op_register(number)).size)
+        return int(register_info(decoded.instruction.op_register(number)).size)
     assert decoded.operand is not None
     return decoded.operand.size
 

@@ -141,7 +141,7 @@ def set_segment(words: Words, number: int, segment: Segment) -> None:
 def set_accessed(
     words: Words, memory: PhysicalMemory, selector: int, descriptor: int, external: int = 0
 ) -> int:
-    """Set the accessed bit of *selector*'s descriptor in its table, if it is clear; returns the descriptor with it."""
+    """Set the accessed bit in *selector*'s descriptor in the table; returns the descriptor with it."""
     if not descriptor & DESCRIPTOR_ACCESSED:
         descriptor |= DESCRIPTOR_ACCESSED
         raise_linear_fault(*store_descriptor(words, memory, selector, descriptor), external)
@@ -209,7 +209,7 @@ def _check_data_segment(words: Words, selector: int, attributes: int) -> None:
 def _system_segment(
     words: Words, memory: PhysicalMemory, selector: int, types: tuple[int, ...]
 ) -> tuple[Segment, int]:
-    """The LDT or TSS that *selector* names, and its descriptor's first 8 bytes; 16 bytes long in IA-32e mode."""
+    """The LDT or TSS that *selector* names, and the first 8 bytes of its descriptor."""
     error_code = selector_error_code(selector)
     if selector & SELECTOR_TI:
         raise general_protection(error_code)

@@ -138,7 +138,7 @@ def sysenter(state: Words) -> int:
 
 
 def sysexit(state: Words, operand_size_64: int) -> int:
-    """SYSEXIT to 64-bit mode (*operand_size_64* 1: REX.W) or to 32-bit code (0), with RIP from RDX and RSP from RCX."""
+    """SYSEXIT to RDX with stack RCX: to 64-bit mode (*operand_size_64* 1: REX.W) or to 32-bit code (0)."""
     if state[CR0] & CR0_PE == 0 or state[SYSENTER_CS] & _SELECTOR_MASK == 0 or state[CPL] != 0:
         return GP
     selector = state[SYSENTER_CS] & _SELECTOR_MASK

@@ -35,9 +35,9 @@ def execute(ctx: Emulation, decoded: Decoded) -> None:
 
 
 def emulate_instruction(ctx: Emulation) -> None:
-    """Fetch, decode and execute the instruction at CS:RIP, and deliver what it raises; ``x86_emulate_instruction()``.
+    """Fetch, decode and execute the instruction at CS:RIP, and deliver the event it raises, if any.
 
-    Raises :class:`TripleFault` and :class:`Unhandleable`.
+    KVM's ``x86_emulate_instruction()``. Raises :class:`TripleFault` and :class:`Unhandleable`.
     """
     try:
         execute(ctx, fetch_instruction(ctx))

@@ -55,7 +55,7 @@ def _invalidate_caches(ctx: Emulation, decoded: Decoded) -> None:
 
 
 def _invlpg(ctx: Emulation, decoded: Decoded) -> None:
-    """The address is only named: neither LASS nor the canonical rule applies. All translations go, not only one."""
+    """The address is only named, so neither LASS nor the canonical rule applies. All translations go."""
     require_cpl0(ctx.words)
     ctx.words[TLB_FLUSH] = 1
     complete(ctx, decoded)
@@ -96,9 +96,7 @@ def _int(ctx: Emulation, decoded: Decoded) -> None:
     words = ctx.words
     if in_virtual_8086_mode(words) and words[RFLAGS] & RFLAGS_IOPL != RFLAGS_IOPL:
         if words[CR4] & CR4_VME:
-            raise Unhandleable(
-                "INT n in virtual-8086 mode with CR4.VME: interrupt redirection is not implemented"
-            )
+            raise Unhandleable("INT n with CR4.VME: interrupt redirection is not implemented")
         raise general_protection()
     _deliver_software_event(ctx, decoded, decoded.instruction.immediate8, EventKind.SOFTWARE)
 

@@ -100,7 +100,7 @@ def load_descriptor(state: Words, memory: PhysicalMemory, selector: int) -> tupl
 def store_descriptor(
     state: Words, memory: PhysicalMemory, selector: int, descriptor: int
 ) -> tuple[int, int, int]:
-    """Write back a loaded descriptor with its accessed or busy bit set: ``(vector, error_code, fault_address)``."""
+    """Write back *descriptor*, accessed or busy now: ``(vector, error_code, fault_address)``."""
     address, vector = locate_descriptor(state, selector, DESCRIPTOR_BYTES)
     if vector != 0:
         return vector, selector_error_code(selector), 0

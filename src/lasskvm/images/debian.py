@@ -92,8 +92,8 @@ def newest_kernel_package(names: Iterable[str], suite: str) -> tuple[str, str]:
     best = max(matches, key=_version_key)
     if _numbers(best) < MINIMUM_KERNEL:
         raise HostError(
-            f"the newest cloud kernel of suite {suite} is {best['version']} and LASS asks for {wanted} or newer; "
-            f"pull from {DEFAULT_SUITE}"
+            f"the newest cloud kernel of suite {suite} is {best['version']}, and LASS asks for {wanted} or "
+            f"newer; pull from {DEFAULT_SUITE}"
         )
     return best.group(), f"{best['version']}-cloud-amd64"
 

@@ -1,1 +1,40 @@
-"""TODO."""
+"""The KVM API: systems, virtual machines and vCPUs with the kernel's names and semantics.
+
+This is the soft provider: KVM's work, done in this process by :mod:`lasskvm.engine` and :mod:`lasskvm.emulator`.
+"""
+
+from lasskvm.kvm.clock import Clock, HostClock, VirtualClock
+from lasskvm.kvm.exits import (
+    Exit,
+    HltExit,
+    InternalErrorExit,
+    IntrExit,
+    IoExit,
+    MmioExit,
+    ShutdownExit,
+)
+from lasskvm.kvm.iobus import IrqLine, PortBus, PortDevice
+from lasskvm.kvm.registers import DescriptorTable, Regs, Sregs
+from lasskvm.kvm.vcpu import Vcpu
+from lasskvm.kvm.vm import Vm
+
+__all__ = [
+    "Clock",
+    "DescriptorTable",
+    "Exit",
+    "HltExit",
+    "HostClock",
+    "InternalErrorExit",
+    "IntrExit",
+    "IoExit",
+    "IrqLine",
+    "MmioExit",
+    "PortBus",
+    "PortDevice",
+    "Regs",
+    "ShutdownExit",
+    "Sregs",
+    "Vcpu",
+    "VirtualClock",
+    "Vm",
+]

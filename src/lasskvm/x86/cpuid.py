@@ -21,6 +21,7 @@ from lasskvm.x86 import registers as reg
 
 __all__ = [
     "FEATURES",
+    "FEATURE_WORDS",
     "SIGNIFICANT_INDEX",
     "SUPPORTED",
     "CpuModel",
@@ -29,6 +30,7 @@ __all__ = [
     "Feature",
     "cr4_allowed",
     "efer_allowed",
+    "feature_word",
     "list_models",
     "parse_cpu",
 ]
@@ -425,6 +427,20 @@ _CR4_FEATURES = {
     "lass": reg.CR4_LASS, "lam": reg.CR4_LAM_SUP,
 }  # fmt: skip
 _EFER_FEATURES = {"syscall": reg.EFER_SCE, "lm": reg.EFER_LME | reg.EFER_LMA, "nx": reg.EFER_NXE}
+
+
+#: Where the eight feature words are found that gate direct execution: (leaf, subleaf, output register).
+FEATURE_WORDS = (
+    (LEAF_FEATURES, 0, EDX), (LEAF_FEATURES, 0, ECX), (LEAF_STRUCTURED_FEATURES, 0, EBX),
+    (LEAF_STRUCTURED_FEATURES, 0, ECX), (LEAF_STRUCTURED_FEATURES, 0, EDX), (LEAF_STRUCTURED_FEATURES, 1, EAX),
+    (LEAF_EXTENDED_FEATURES, 0, EDX), (LEAF_EXTENDED_FEATURES, 0, ECX),
+)  # fmt: skip
+
+
+def feature_word(table: CpuidTable, place: tuple[int, int, int]) -> int:
+    """One of the :data:`FEATURE_WORDS` of *table*."""
+    leaf, subleaf, register = place
+    return table.lookup(leaf, subleaf)[register]
 
 
 def cr4_allowed(table: CpuidTable) -> int:

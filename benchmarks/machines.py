@@ -1,0 +1,59 @@
+"""The two VMMs under comparison, as command lines for the same guest."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.context import GUEST_MEMORY_MIB
+
+__all__ = ["COMMAND_LINE", "QEMU", "QEMU_MISSING", "lasskvm", "lasskvm_version", "qemu", "qemu_version"]
+
+QEMU = "qemu-system-x86_64"
+QEMU_MISSING = f"{QEMU} not found: install qemu-system-x86"
+
+#: What both kernels are told: a serial console from the first line on, no probing for hardware that neither
+#: machine has, the clock of the machine as it is, and a reset at the end that both take for the end of it.
+COMMAND_LINE = (
+    "console=ttyS0 earlyprintk=serial,ttyS0,115200 nokaslr noapic nolapic acpi=off pci=off nosmp "
+    "tsc=reliable no_timer_check mitigations=off nohz=off highres=off audit=0 cryptomgr.notests "
+    "panic=-1 reboot=k i8042.noaux i8042.nokbd 8250.nr_uarts=1 rdinit=/init"
+)
+
+
+def lasskvm(kernel: Path, initrd: Path, *, lass: bool = True, clock: str | None = None) -> list[str]:
+    """This package; *clock* is that of ``--clock``."""
+    command = [sys.executable, "-m", "lasskvm", "run", str(kernel), "--initrd", str(initrd)]
+    command += ["--memory", str(GUEST_MEMORY_MIB), "--append", COMMAND_LINE]
+    if not lass:
+        command += ["--cpu", "max,-lass"]
+    if clock is not None:
+        command += ["--clock", clock]
+    return command
+
+
+def qemu(kernel: Path, initrd: Path) -> list[str] | None:
+    """QEMU's TCG with every CPU feature it knows; None when it is not installed."""
+    program = shutil.which(QEMU)
+    if program is None:
+        return None
+    command = [program, "-accel", "tcg", "-cpu", "max", "-m", str(GUEST_MEMORY_MIB)]
+    command += ["-nographic", "-nodefaults", "-serial", "stdio", "-no-reboot"]
+    return [*command, "-kernel", str(kernel), "-initrd", str(initrd), "-append", COMMAND_LINE]
+
+
+def qemu_version() -> str:
+    """The first line of ``--version``, or why there is none."""
+    program = shutil.which(QEMU)
+    if program is None:
+        return QEMU_MISSING
+    output = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    return output.partition("\n")[0]
+
+
+def lasskvm_version() -> str:
+    """This package's version."""
+    return f"lasskvm {version('lasskvm')}"

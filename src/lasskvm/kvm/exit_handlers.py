@@ -1,0 +1,167 @@
+"""What KVM does in the kernel about an exit of direct execution: intercepted instructions, faults, exceptions.
+
+:func:`handle_exit` changes the state words so that the guest can go on: an instruction is executed, or an event
+delivered. It raises :class:`TripleFault` and :class:`Unhandleable`, which the run loop turns into exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lasskvm.emulator.branches import undo_near_branch
+from lasskvm.emulator.decode import fetch_instruction, is_read_modify_write, is_stack_access
+from lasskvm.emulator.events import Event, deliver_event
+from lasskvm.emulator.faults import GuestFault, Unhandleable
+from lasskvm.emulator.linearize import linear_address
+from lasskvm.emulator.mmu import next_linear
+from lasskvm.emulator.modes import linear_address_bits
+from lasskvm.emulator.system import HANDLERS, emulate_instruction
+from lasskvm.engine import context as c
+from lasskvm.engine.engine import EngineExit
+from lasskvm.lass import FETCH, IMPLICIT, WRITE
+from lasskvm.memory import PAGE_SIZE
+from lasskvm.state import CPL, DR6, RFLAGS, RIP
+from lasskvm.x86.address import is_canonical
+from lasskvm.x86.exceptions import DB, GP, PF, PF_W, SS, UD, has_error_code
+from lasskvm.x86.registers import CS, DR6_BS, DR6_FIXED, RFLAGS_TF
+
+if TYPE_CHECKING:
+    from lasskvm.kvm.vcpu import Vcpu
+
+__all__ = ["handle_exit"]
+
+_DR6_HIT_BITS = 0xF
+
+
+def handle_exit(vcpu: Vcpu, engine_exit: EngineExit) -> None:
+    """Deal with *engine_exit*."""
+    _HANDLERS[engine_exit.reason](vcpu, engine_exit)
+
+
+def _memory_fault(vcpu: Vcpu, engine_exit: EngineExit) -> None:
+    """A fault that the TLB fill found and native delivery left to us: say exactly what it is, and deliver it."""
+    words = vcpu.state.words
+    vector, error_code, address = engine_exit.vector, engine_exit.error_code, engine_exit.address
+    if engine_exit.flags & FETCH:
+        if _runs_up_to_next_page(vcpu, address):
+            return
+        if vector == GP and not is_canonical(address, linear_address_bits(words)):
+            undo_near_branch(vcpu.emulation, vcpu.engine.last_block)
+    elif not engine_exit.flags & IMPLICIT:
+        vector, error_code = _classify(vcpu, vector, error_code, address, bool(engine_exit.flags & WRITE))
+    _deliver(vcpu, Event(vector, error_code=error_code, cr2=address if vector == PF else None))
+
+
+def _classify(vcpu: Vcpu, vector: int, error_code: int, address: int, write: bool) -> tuple[int, int]:
+    """#GP becomes #SS for stack accesses; the #PF of a read-modify-write reports a write also for its read half."""
+    words = vcpu.state.words
+    try:
+        decoded = fetch_instruction(vcpu.emulation)
+    except GuestFault:
+        return vector, error_code
+    if vector == GP and is_stack_access(words, decoded, address):
+        return SS, error_code
+    if vector == PF and not write and is_read_modify_write(words, decoded, address):
+        return PF, error_code | PF_W
+    return vector, error_code
+
+
+def _runs_up_to_next_page(vcpu: Vcpu, address: int) -> bool:
+    """A block ran into a page that cannot be fetched while it was translated, before its first instructions ran.
+
+    Execute those that lie wholly in the first page. False when there are none: then the fault is due now.
+    """
+    words = vcpu.state.words
+    start = linear_address(words, CS, words[RIP])
+    if start // PAGE_SIZE == address // PAGE_SIZE:
+        return False
+    boundary = _first_straddling(vcpu, start)
+    if boundary == start:
+        return False
+    engine_exit = vcpu.engine.run_until(boundary)
+    if engine_exit.reason not in (c.EXIT_STOPPED, c.EXIT_INTERRUPT_WINDOW, c.EXIT_PORT_IO):
+        handle_exit(vcpu, engine_exit)
+    return True
+
+
+def _first_straddling(vcpu: Vcpu, start: int) -> int:
+    """The linear address of the first instruction from *start* on that reaches into the next page."""
+    words = vcpu.state.words
+    rip = words[RIP]
+    linear = start
+    try:
+        while linear // PAGE_SIZE == start // PAGE_SIZE:
+            decoded = fetch_instruction(vcpu.emulation)
+            end = next_linear(words, linear, decoded.length)
+            if (end - 1) // PAGE_SIZE != start // PAGE_SIZE:
+                break
+            words[RIP] += decoded.length
+            linear = end
+    except GuestFault:
+        # The instruction that reaches into the missing page, or one that is no instruction.
+        return linear
+    finally:
+        words[RIP] = rip
+    return linear
+
+
+def _exception(vcpu: Vcpu, engine_exit: EngineExit) -> None:
+    """An exception of the translator. Some are its way of saying that an instruction is ours to execute."""
+    words = vcpu.state.words
+    vector = engine_exit.vector
+    if vector == DB:
+        _debug_exception(vcpu)
+        return
+    if vector in (UD, GP) and _is_ours(vcpu):
+        emulate_instruction(vcpu.emulation)
+        return
+    error_code = engine_exit.error_code if has_error_code(vector) else None
+    deliver_event(words, vcpu.vm.memory, Event(vector, error_code=error_code))
+
+
+def _is_ours(vcpu: Vcpu) -> bool:
+    try:
+        decoded = fetch_instruction(vcpu.emulation)
+    except GuestFault:
+        return False
+    return decoded.instruction.mnemonic in HANDLERS and not decoded.instruction.has_lock_prefix
+
+
+def _debug_exception(vcpu: Vcpu) -> None:
+    """#DB from single-stepping or a breakpoint; data breakpoints are trapped by a TF that may be ours."""
+    words = vcpu.state.words
+    hits, borrowed = vcpu.engine.take_watch_hit()
+    dr6 = words[DR6]
+    if borrowed:
+        words[RFLAGS] &= ~RFLAGS_TF
+        dr6 &= ~DR6_BS
+    words[DR6] = dr6 & ~DR6_BS | DR6_FIXED
+    _deliver(vcpu, Event(DB, dr6=dr6 & (DR6_BS | _DR6_HIT_BITS) | hits))
+
+
+def _intercept(vcpu: Vcpu, engine_exit: EngineExit) -> None:
+    del engine_exit
+    emulate_instruction(vcpu.emulation)
+
+
+def _fetch_from_hole(vcpu: Vcpu, engine_exit: EngineExit) -> None:
+    words = vcpu.state.words
+    if _runs_up_to_next_page(vcpu, linear_address(words, CS, words[RIP])):
+        return
+    raise Unhandleable(
+        f"instruction fetch from guest-physical {engine_exit.address:#x}, where there is no memory "
+        f"(RIP {words[RIP]:#x}, CPL {words[CPL]})"
+    )
+
+
+def _deliver(vcpu: Vcpu, event: Event) -> None:
+    deliver_event(vcpu.state.words, vcpu.vm.memory, event)
+
+
+_HANDLERS: dict[int, Callable[[Vcpu, EngineExit], None]] = {
+    c.EXIT_MEMORY_FAULT: _memory_fault,
+    c.EXIT_EXCEPTION: _exception,
+    c.EXIT_INTERCEPT: _intercept,
+    c.EXIT_FETCH_FROM_HOLE: _fetch_from_hole,
+}

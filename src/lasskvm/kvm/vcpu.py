@@ -1,0 +1,275 @@
+"""A virtual processor: registers, CPUID, MSRs, and the run loop; KVM's vCPU file descriptor.
+
+:meth:`Vcpu.run` is ``KVM_RUN``: it enters direct execution again and again, deals with what KVM would deal with in the
+kernel (:mod:`lasskvm.kvm.exit_handlers`), injects interrupts, and returns what only the VMM can answer.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from lasskvm.emulator import port_io
+from lasskvm.emulator.completion import complete
+from lasskvm.emulator.context import Emulation
+from lasskvm.emulator.decode import fetch_instruction
+from lasskvm.emulator.events import Event, EventKind, deliver_event
+from lasskvm.emulator.faults import GuestFault, TripleFault, Unhandleable
+from lasskvm.emulator.mmu import translate
+from lasskvm.emulator.msrs import MsrFile, guest_tsc, read_msr, write_msr
+from lasskvm.emulator.port_io import PortAccess
+from lasskvm.engine import context as c
+from lasskvm.engine.engine import Engine
+from lasskvm.kvm import registers
+from lasskvm.kvm.clock import NANOSECONDS_PER_BLOCK, VirtualClock
+from lasskvm.kvm.exit_handlers import handle_exit
+from lasskvm.kvm.exits import Exit, HltExit, InternalErrorExit, IntrExit, IoExit, ShutdownExit
+from lasskvm.kvm.registers import Regs, Sregs
+from lasskvm.state import CR4_ALLOWED, EFER_ALLOWED, INTERRUPT_SHADOW, MAXPHYADDR, NMI_BLOCKED, RFLAGS, RIP, VcpuState
+from lasskvm.x86.cpuid import (
+    FEATURE_WORDS,
+    CpuidEntry,
+    CpuidTable,
+    cr4_allowed,
+    efer_allowed,
+    feature_word,
+    parse_cpu,
+)
+from lasskvm.x86.exceptions import NMI
+from lasskvm.x86.registers import RFLAGS_IF
+
+if TYPE_CHECKING:
+    from lasskvm.kvm.vm import Vm
+
+__all__ = ["Vcpu"]
+
+#: A run returns to the VMM at least this often, so that it can look at its console and its timeouts.
+_SLICE_BLOCKS = 2_000_000
+_SLICE_NS = 20_000_000
+#: How often the host's clock is asked while the guest follows it.
+_HOST_POLL_BLOCKS = 2_000
+#: Idle periods that one run skips on the virtual clock before the VMM gets its turn.
+_IDLE_SKIPS = 64
+
+
+class Vcpu:
+    """The vCPU of a :class:`~lasskvm.kvm.vm.Vm`; made by ``Vm.create_vcpu()``.
+
+    Its CPUID is that of the CPU model ``max`` until :meth:`set_cpuid2` says otherwise.
+    """
+
+    def __init__(self, vm: Vm) -> None:
+        self.vm = vm
+        self.state = VcpuState()
+        self._ran = False
+        self._engine: Engine | None = None
+        self._pending_io: tuple[PortAccess, IoExit] | None = None
+        self._nmi_pending = False
+        self._use_cpuid(CpuidTable(parse_cpu("max").entries()))
+
+    # ---------------------------------------------------------------------------------------- configuration
+
+    def set_cpuid2(self, entries: Iterable[CpuidEntry]) -> None:
+        """``KVM_SET_CPUID2``: what CPUID shows to the guest, which decides what CR4, EFER and MSRs it may use.
+
+        Raises OSError with EINVAL once the vCPU has run, as KVM does.
+        """
+        if self._ran:
+            raise OSError(errno.EINVAL, "KVM_SET_CPUID2: the CPUID of a vCPU that has run cannot change")
+        self._use_cpuid(CpuidTable(entries))
+
+    def _use_cpuid(self, table: CpuidTable) -> None:
+        words = self.state.words
+        words[MAXPHYADDR] = table.maxphyaddr
+        words[CR4_ALLOWED], words[EFER_ALLOWED] = cr4_allowed(table), efer_allowed(table)
+        self.cpuid = table
+        self.emulation = Emulation(words, self.vm.memory, table, MsrFile(table), self.vm.clock.now)
+
+    @property
+    def engine(self) -> Engine:
+        """Direct execution, built when it is first needed: it compiles machine code on a machine's first use."""
+        if self._engine is None:
+            self._engine = Engine(self.state, self.vm.memory, (self.vm.ports.read, self.vm.ports.write))
+            self._engine.set_features(tuple(feature_word(self.cpuid, place) for place in FEATURE_WORDS))
+        return self._engine
+
+    @property
+    def executed_blocks(self) -> int:
+        """Blocks of guest code executed so far: what the virtual clock counts."""
+        return 0 if self._engine is None else self._engine.blocks
+
+    # --------------------------------------------------------------------------------------------- registers
+
+    def get_regs(self) -> Regs:
+        """``KVM_GET_REGS``."""
+        return registers.get_regs(self.state)
+
+    def set_regs(self, regs: Regs) -> None:
+        """``KVM_SET_REGS``."""
+        registers.set_regs(self.state, regs)
+
+    def get_sregs(self) -> Sregs:
+        """``KVM_GET_SREGS``."""
+        return registers.get_sregs(self.state)
+
+    def set_sregs(self, sregs: Sregs) -> None:
+        """``KVM_SET_SREGS``; OSError with EINVAL for what the guest's CPUID does not allow."""
+        registers.set_sregs(self.state, sregs)
+
+    def get_msr(self, index: int) -> int:
+        """``KVM_GET_MSRS`` of one register; OSError with EINVAL when there is none of that index."""
+        try:
+            return read_msr(self.emulation, index, host_initiated=True)
+        except GuestFault:
+            raise OSError(errno.EINVAL, f"KVM_GET_MSRS: there is no MSR {index:#x}") from None
+
+    def set_msr(self, index: int, value: int) -> None:
+        """``KVM_SET_MSRS`` of one register; OSError with EINVAL for an unknown register or a value it cannot hold."""
+        try:
+            write_msr(self.emulation, index, value, host_initiated=True)
+        except GuestFault:
+            raise OSError(errno.EINVAL, f"KVM_SET_MSRS: MSR {index:#x} cannot be set to {value:#x}") from None
+
+    def translate(self, gva: int) -> int | None:
+        """``KVM_TRANSLATE``: the guest-physical address of linear *gva* for a supervisor data read; None if unmapped."""
+        gpa, _, vector, _ = translate(self.state.words, self.vm.memory, gva, 1, 0, 0, 0)
+        return None if vector else gpa
+
+    def inject_nmi(self) -> None:
+        """``KVM_NMI``: queue a non-maskable interrupt."""
+        self._nmi_pending = True
+        self.kick()
+
+    def reset(self) -> None:
+        """The state after INIT: registers as at power-on, nothing pending. CPUID and the time-stamp counter stay."""
+        self.state.reset()
+        self._pending_io = None
+        self._nmi_pending = False
+        self.emulation.halted = False
+
+    # ------------------------------------------------------------------------------------------------ running
+
+    def kick(self) -> None:
+        """Let a run in progress look at its interrupts behind the current block."""
+        if self._engine is not None:
+            self._engine.stop()
+
+    def run(self) -> Exit:
+        """``KVM_RUN``: execute the guest until something needs the VMM.
+
+        Whatever the guest does, the result is one of the exits of :mod:`lasskvm.kvm.exits`.
+        """
+        self._ran = True
+        try:
+            return self._run()
+        except TripleFault:
+            return ShutdownExit()
+        except Unhandleable as error:
+            return self._internal_error(str(error))
+
+    def _run(self) -> Exit:
+        if self._pending_io is not None:
+            self._finish_port_io()
+        engine = self.engine
+        clock = self.vm.clock
+        virtual = isinstance(clock, VirtualClock)
+        slice_end = engine.blocks + _SLICE_BLOCKS if virtual else time.monotonic_ns() + _SLICE_NS
+        skips = 0
+        while True:
+            clock.run_due()
+            self._inject_events()
+            if self.emulation.halted:
+                idle = self._idle(skips)
+                if idle is not None:
+                    return idle
+                skips += 1
+                continue
+            self._set_deadline(slice_end)
+            engine_exit = engine.run()
+            if engine_exit.reason == c.EXIT_PORT_IO:
+                return self._begin_port_io()
+            if engine_exit.reason not in (c.EXIT_STOPPED, c.EXIT_INTERRUPT_WINDOW):
+                handle_exit(self, engine_exit)
+            if (engine.blocks if virtual else time.monotonic_ns()) >= slice_end:
+                return IntrExit()
+
+    def _set_deadline(self, slice_end: int) -> None:
+        clock, engine = self.vm.clock, self.engine
+        deadline = clock.next_deadline()
+        if isinstance(clock, VirtualClock):
+            blocks = max(1, slice_end - engine.blocks)
+            if deadline is not None:
+                blocks = min(blocks, clock.blocks_until(deadline))
+            engine.stop_after(blocks)
+        else:
+            host_end = slice_end
+            if deadline is not None:
+                host_end = min(slice_end, time.monotonic_ns() + deadline - clock.now())
+            engine.stop_at_host_time(host_end, _HOST_POLL_BLOCKS)
+        engine.set_time_stamp(guest_tsc(self.emulation), NANOSECONDS_PER_BLOCK)
+
+    def _inject_events(self) -> None:
+        """Deliver an NMI or an external interrupt if the guest takes it now, else ask for the window in which it does."""
+        words = self.state.words
+        if self._nmi_pending and not words[NMI_BLOCKED] and not words[INTERRUPT_SHADOW]:
+            self._nmi_pending = False
+            self._deliver(Event(NMI, EventKind.NMI))
+        pic = self.vm.pic
+        pending = pic is not None and pic.pending()
+        if pending and words[RFLAGS] & RFLAGS_IF and not words[INTERRUPT_SHADOW]:
+            assert pic is not None
+            self._deliver(Event(pic.acknowledge(), EventKind.EXTERNAL))
+            pending = pic.pending()
+        self.engine.want_interrupt_window(pending)
+
+    def _deliver(self, event: Event) -> None:
+        self.emulation.halted = False
+        deliver_event(self.state.words, self.vm.memory, event)
+
+    def _idle(self, skips: int) -> Exit | None:
+        """Pass the time of a halted guest; an exit when the VMM has to."""
+        if not self.state.words[RFLAGS] & RFLAGS_IF or self.vm.pic is None:
+            return HltExit(interrupts_enabled=bool(self.state.words[RFLAGS] & RFLAGS_IF))
+        clock = self.vm.clock
+        deadline = clock.next_deadline()
+        if not isinstance(clock, VirtualClock) or deadline is None:
+            return IntrExit(idle=True, idle_until_ns=deadline)
+        if skips >= _IDLE_SKIPS:
+            return IntrExit()
+        clock.skip_to(deadline)
+        return None
+
+    # --------------------------------------------------------------------------------------------- port I/O
+
+    def _begin_port_io(self) -> Exit:
+        """Turn the port instruction at RIP into an exit for the VMM."""
+        try:
+            access = port_io.begin(self.emulation)
+        except GuestFault as fault:
+            self._deliver(Event.of_fault(fault))
+            return IntrExit()
+        ones = (1 << 8 * access.size) - 1
+        io_exit = IoExit(access.port, access.size, access.write, access.value if access.write else ones)
+        self._pending_io = access, io_exit
+        return io_exit
+
+    def _finish_port_io(self) -> None:
+        """Take the VMM's answer. A repeated instruction that is not done yet is executed again for its next element."""
+        assert self._pending_io is not None
+        (access, io_exit), self._pending_io = self._pending_io, None
+        try:
+            if port_io.finish_element(self.emulation, access, io_exit.data):
+                complete(self.emulation, access.decoded)
+        except GuestFault as fault:
+            self._deliver(Event.of_fault(fault))
+
+    def _internal_error(self, detail: str) -> InternalErrorExit:
+        try:
+            code = fetch_instruction(self.emulation)
+            gpa = self.translate(self.state.words[RIP])
+            instruction = b"" if gpa is None else self.vm.memory.read(gpa, code.length)
+        except GuestFault:
+            instruction = b""
+        return InternalErrorExit(detail, instruction=instruction)

@@ -1,0 +1,202 @@
+"""The PC around a VM: memory layout, devices on their ports, and the VMM's run loop.
+
+Devices that a guest talks to all the time (UART, RTC, the POST port) sit on the VM's own bus beside the interrupt
+controller and timer, as KVM's in-kernel devices do. Those that end or restart the machine are served here, from the
+exits of ``KVM_RUN``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from lasskvm.errors import MemoryLayoutError
+from lasskvm.kvm import (
+    Clock,
+    HltExit,
+    InternalErrorExit,
+    IntrExit,
+    IoExit,
+    PortBus,
+    PortDevice,
+    ShutdownExit,
+    Vm,
+)
+from lasskvm.machine.boot import LongModeEntry
+from lasskvm.machine.devices import COM1_IRQ, RTC_IRQ
+from lasskvm.machine.devices.debug_console import DebugConsole
+from lasskvm.machine.devices.debug_exit import DebugExit, exit_status
+from lasskvm.machine.devices.i8042 import I8042
+from lasskvm.machine.devices.port92 import Port92
+from lasskvm.machine.devices.post_port import PostPort
+from lasskvm.machine.devices.program_status import ProgramStatus
+from lasskvm.machine.devices.rtc import Rtc
+from lasskvm.machine.devices.uart16550 import Uart16550
+from lasskvm.x86.cpuid import CpuModel
+from lasskvm.x86.registers import DS, ES, FS, GS, SS, TR
+from lasskvm.x86.registers import CS as CODE
+
+__all__ = ["End", "Ending", "Pc"]
+
+MIB = 1 << 20
+MINIMUM_MEMORY = 4 * MIB
+#: RAM stops here and goes on at 4 GiB: the space between belongs to devices and firmware.
+LOW_MEMORY_END = 0xC000_0000
+HIGH_MEMORY_START = 1 << 32
+_LOW_SLOT, _HIGH_SLOT = 0, 1
+
+
+class End(Enum):
+    """Why a machine stopped."""
+
+    PROGRAM = "the program ended"
+    DEBUG_EXIT = "the guest wrote to the debug-exit port"
+    RESET = "the guest asked for a reset"
+    HALTED = "the guest halted with interrupts off"
+    TRIPLE_FAULT = "the guest triple-faulted"
+    INTERNAL_ERROR = "the guest executed something that cannot be executed"
+    TIMEOUT = "the time limit was reached"
+    STOPPED = "the run was stopped from the console"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a machine stopped: ``status`` is the exit status for the shell, ``detail`` says more about errors."""
+
+    end: End
+    status: int
+    detail: str = ""
+
+
+#: Exit statuses, beside those that the guest chooses itself.
+STATUS_CRASHED = 1
+STATUS_TIMEOUT = 124
+
+
+class Pc:
+    """A PC with one processor.
+
+    *memory_size* is in bytes, a multiple of 4 KiB. *output* gets what the guest writes to its serial port and to the
+    debug console. *idle* is called when the guest has nothing to do, with the nanoseconds until its next timer (None: it
+    waits for input for ever), and, with 0, now and then while it runs; it is where a console reads its input.
+
+    Raises :class:`MemoryLayoutError` for an impossible memory size.
+    """
+
+    def __init__(
+        self,
+        memory_size: int,
+        cpu: CpuModel,
+        *,
+        output: Callable[[bytes], None],
+        idle: Callable[[int | None], None] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        if memory_size < MINIMUM_MEMORY:
+            raise MemoryLayoutError(
+                f"{memory_size / MIB:g} MiB of memory is too little for a PC; give at least {MINIMUM_MEMORY // MIB}"
+            )
+        self.vm = Vm()
+        if clock is not None:
+            self.vm.set_clock(clock)
+        self._idle = idle or _wait
+        self._ending: Ending | None = None
+        low = min(memory_size, LOW_MEMORY_END)
+        self.vm.set_user_memory_region(_LOW_SLOT, 0, self.vm.allocate(low))
+        if memory_size > low:
+            self.vm.set_user_memory_region(_HIGH_SLOT, HIGH_MEMORY_START, self.vm.allocate(memory_size - low))
+        self.vm.create_irqchip()
+        self.vm.create_pit2()
+        self.vcpu = self.vm.create_vcpu()
+        self.vcpu.set_cpuid2(cpu.entries())
+        pic = self.vm.pic
+        assert pic is not None
+        self.uart = Uart16550(pic.line(COM1_IRQ), output)
+        for device in (self.uart, Rtc(self.vm.clock, pic.line(RTC_IRQ)), PostPort()):
+            self.vm.ports.register(device)
+        self._slow_ports = PortBus()
+        self._slow_devices: tuple[PortDevice, ...] = (
+            DebugConsole(output),
+            DebugExit(self._debug_exit),
+            ProgramStatus(self._program_ended),
+            I8042(self._reset),
+            Port92(self._reset),
+        )
+        for slow_device in self._slow_devices:
+            self._slow_ports.register(slow_device)
+
+    def enter(self, entry: LongModeEntry) -> None:
+        """Put the processor at the first instruction of a loaded image."""
+        regs = self.vcpu.get_regs()
+        regs.rip, regs.rsp, regs.rsi, regs.rdi = entry.rip, entry.rsp, entry.rsi, entry.rdi
+        regs.rflags = entry.rflags
+        self.vcpu.set_regs(regs)
+        state = self.vcpu.get_sregs()
+        state.cr0, state.cr3, state.cr4, state.efer = entry.cr0, entry.cr3, entry.cr4, entry.efer
+        state.gdt = type(state.gdt)(entry.gdt_base, entry.gdt_limit)
+        state.idt = type(state.idt)(0, 0)
+        state.cs, state.tr = entry.code_segment, entry.task_segment
+        state.ds = state.es = state.ss = state.fs = state.gs = entry.data_segment
+        self.vcpu.set_sregs(state)
+
+    def run(self, timeout: float | None = None) -> Ending:
+        """Run until the guest ends, or for *timeout* seconds of the host's time."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self._ending is None:
+            vm_exit = self.vcpu.run()
+            match vm_exit:
+                case IoExit():
+                    self._port_io(vm_exit)
+                case IntrExit():
+                    self._take_a_turn(vm_exit, deadline)
+                case HltExit():
+                    self._ending = Ending(End.HALTED, 0)
+                case ShutdownExit():
+                    self._ending = Ending(End.TRIPLE_FAULT, STATUS_CRASHED, self._where())
+                case InternalErrorExit():
+                    self._ending = Ending(End.INTERNAL_ERROR, STATUS_CRASHED, vm_exit.detail)
+        return self._ending
+
+    def stop(self) -> None:
+        """End the run at the next occasion; for a console."""
+        self._ending = Ending(End.STOPPED, 0)
+
+    def _take_a_turn(self, vm_exit: IntrExit, deadline: float | None) -> None:
+        if deadline is not None and time.monotonic() >= deadline:
+            self._ending = Ending(End.TIMEOUT, STATUS_TIMEOUT, self._where())
+            return
+        if not vm_exit.idle:
+            self._idle(0)
+            return
+        limit = None if vm_exit.idle_until_ns is None else max(0, vm_exit.idle_until_ns - self.vm.clock.now())
+        if deadline is not None:
+            remaining = max(0, int((deadline - time.monotonic()) * 1e9))
+            limit = remaining if limit is None else min(limit, remaining)
+        self._idle(limit)
+
+    def _port_io(self, vm_exit: IoExit) -> None:
+        if vm_exit.write:
+            self._slow_ports.write(vm_exit.port, vm_exit.size, vm_exit.data)
+        else:
+            value = self._slow_ports.read(vm_exit.port, vm_exit.size)
+            if value is not None:
+                vm_exit.data = value
+
+    def _debug_exit(self, value: int) -> None:
+        self._ending = Ending(End.DEBUG_EXIT, value)
+
+    def _program_ended(self, status: int) -> None:
+        self._ending = Ending(End.PROGRAM, status)
+
+    def _reset(self) -> None:
+        self._ending = Ending(End.RESET, 0)
+
+    def _where(self) -> str:
+        regs = self.vcpu.get_regs()
+        return f"RIP {regs.rip:#x}, RSP {regs.rsp:#x}, CR3 {self.vcpu.get_sregs().cr3:#x}"
+
+
+def _wait(nanoseconds: int | None) -> None:
+    time.sleep(0.01 if nanoseconds is None else min(nanoseconds / 1e9, 0.01))
