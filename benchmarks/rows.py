@@ -17,7 +17,7 @@ class BenchmarkError(Exception):
 class Row:
     """One result. *ours* is this package's, *theirs* what it is compared with; None where there is no number.
 
-    *ratio* is ours by theirs. *bar* is the most that the ratio may be, or with a *bar_unit* our number itself;
+    *ratio* is ours by theirs. *bar* is the most that the ratio may be, or with a *bar_unit* our number.
     *holds* says whether it is met, None when there is no bar or no number. *note* is for the reader.
     """
 

@@ -63,14 +63,14 @@ static void fetch_across_pages(void)
 	}
 }
 
-#define ON_RAX(name, instruction)                                                               \
-	static void name(void *address)                                                         \
-	{                                                                                       \
-		asm volatile("mov %%rsp, %%r8\n\tlea -256(%%rsp), %%rsp\n\t" instruction          \
-			     "\n\tmov %%r8, %%rsp"                                              \
-			     : "+a"(address)                                                    \
-			     :                                                                  \
-			     : "rcx", "rdx", "rsi", "r8", "memory", "cc");                      \
+#define ON_RAX(name, instruction)                                                        \
+	static void name(void *address)                                                  \
+	{                                                                                \
+		asm volatile("mov %%rsp, %%r8\n\tlea -256(%%rsp), %%rsp\n\t" instruction \
+			     "\n\tmov %%r8, %%rsp"                                       \
+			     : "+a"(address)                                             \
+			     :                                                           \
+			     : "rcx", "rdx", "rsi", "r8", "memory", "cc");               \
 	}
 
 ON_RAX(compare, "cmpl $1, (%%rax)")
@@ -179,14 +179,14 @@ static void string_goes_on(void)
 	expect("rep stos goes on after it", filled == STRING_LENGTH, "%d of %d bytes", filled, STRING_LENGTH);
 }
 
-#define STACK_CASE(name, before, instruction)                                              \
-	static void name(void *address)                                                    \
-	{                                                                                  \
-		asm volatile("mov %%rsp, %%r8\n\tmov %%rbp, %%r9\n\t" before                \
-			     "\n\t" instruction "\n\tmov %%r8, %%rsp\n\tmov %%r9, %%rbp"   \
-			     : "+a"(address)                                               \
-			     :                                                             \
-			     : "rbx", "r8", "r9", "memory", "cc");                         \
+#define STACK_CASE(name, before, instruction)                                            \
+	static void name(void *address)                                                  \
+	{                                                                                \
+		asm volatile("mov %%rsp, %%r8\n\tmov %%rbp, %%r9\n\t" before             \
+			     "\n\t" instruction "\n\tmov %%r8, %%rsp\n\tmov %%r9, %%rbp" \
+			     : "+a"(address)                                             \
+			     :                                                           \
+			     : "rbx", "r8", "r9", "memory", "cc");                       \
 	}
 
 STACK_CASE(push, "mov %%rax, %%rsp\n\tmov %%rsp, %%rbx", "push %%rcx")

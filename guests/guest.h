@@ -23,7 +23,7 @@
 
 #define PAGE 4096UL
 
-/* Exception vectors (SDM volume 3, table 6-1); Linux passes them on as REG_TRAPNO. */
+/* Exception vectors (SDM volume 3, table 7-1); Linux passes them on as REG_TRAPNO. */
 enum trap {
 	TRAP_NONE = -1,
 	TRAP_DE = 0,
@@ -36,7 +36,7 @@ enum trap {
 	TRAP_AC = 17,
 };
 
-/* Page-fault error code bits (SDM volume 3, section 4.7). */
+/* Page-fault error code bits (SDM volume 3, section 5.7). */
 enum pf_error {
 	PF_PRESENT = 1 << 0,
 	PF_WRITE = 1 << 1,
@@ -100,17 +100,17 @@ static inline void catch_faults(void (*handler)(int, siginfo_t *, void *))
 }
 
 /* Run a statement; true when it faulted, with the details in `fault`. */
-#define CATCH(statement)                                                      \
-	({                                                                    \
-		memset((void *)&fault, 0, sizeof(fault));                     \
-		fault.trap = TRAP_NONE;                                       \
-		if (!sigsetjmp(fault_return, 1)) {                            \
-			statement;                                            \
-		}                                                             \
-		fault.trap != TRAP_NONE;                                      \
+#define CATCH(statement)                                  \
+	({                                                \
+		memset((void *)&fault, 0, sizeof(fault)); \
+		fault.trap = TRAP_NONE;                   \
+		if (!sigsetjmp(fault_return, 1)) {        \
+			statement;                        \
+		}                                         \
+		fault.trap != TRAP_NONE;                  \
 	})
 
-/* Whether /proc/cpuinfo has the word `wanted` among its flags: what Linux uses, not only what CPUID offers. */
+/* Whether /proc/cpuinfo has the word `wanted` among its flags: what Linux uses, not all that CPUID offers. */
 __attribute__((unused)) static bool has_cpu_flag(const char *wanted)
 {
 	static char line[8192];

@@ -52,37 +52,37 @@ static int address_bits;
 static unsigned long fs_base;
 
 /* One instruction on (%rax); the result registers are scratch. */
-#define AT_RAX(name, instructions)                                                                       \
-	static void name(unsigned long address)                                                          \
-	{                                                                                                \
-		asm volatile("mov %%rsp, %%r8\n\tlea -256(%%rsp), %%rsp\n\t" instructions          \
-			     "\n\tcld\n\tmov %%r8, %%rsp"                                          \
-			     : "+a"(address)                                                         \
-			     :                                                                       \
+#define AT_RAX(name, instructions)                                                                     \
+	static void name(unsigned long address)                                                        \
+	{                                                                                              \
+		asm volatile("mov %%rsp, %%r8\n\tlea -256(%%rsp), %%rsp\n\t" instructions              \
+			     "\n\tcld\n\tmov %%r8, %%rsp"                                              \
+			     : "+a"(address)                                                           \
+			     :                                                                         \
 			     : "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "xmm0", "memory", "cc"); \
 	}
 
 /* One instruction with RSP moved to `address` plus an offset: 0 for pops, 8 for pushes. */
-#define AT_RSP(name, offset, instructions)                                                        \
-	static void name(unsigned long address)                                                   \
-	{                                                                                         \
+#define AT_RSP(name, offset, instructions)                                                             \
+	static void name(unsigned long address)                                                        \
+	{                                                                                              \
 		asm volatile("mov %%rsp, %%r8\n\tmov %%rbp, %%r9\n\tlea " #offset "(%%rax), %%rsp\n\t" \
-			     instructions "\n\tmov %%r8, %%rsp\n\tmov %%r9, %%rbp"                 \
-			     : "+a"(address)                                                      \
-			     :                                                                    \
-			     : "rbx", "rcx", "rdx", "r8", "r9", "memory", "cc");                  \
+			     instructions "\n\tmov %%r8, %%rsp\n\tmov %%r9, %%rbp"                     \
+			     : "+a"(address)                                                           \
+			     :                                                                         \
+			     : "rbx", "rcx", "rdx", "r8", "r9", "memory", "cc");                       \
 	}
 
 /* One instruction with RBP = `address` plus an offset, and a good stack. */
-#define AT_RBP(name, offset, instructions)                                                        \
-	static void name(unsigned long address)                                                   \
-	{                                                                                         \
-		asm volatile("mov %%rsp, %%r8\n\tmov %%rbp, %%r9\n\tlea -256(%%rsp), %%rsp\n\t"    \
-			     "lea " #offset "(%%rax), %%rbp\n\t" instructions                     \
-			     "\n\tmov %%r8, %%rsp\n\tmov %%r9, %%rbp"                             \
-			     : "+a"(address)                                                      \
-			     : "d"(fs_base)                                                       \
-			     : "rbx", "rcx", "r8", "r9", "memory", "cc");                         \
+#define AT_RBP(name, offset, instructions)                                                      \
+	static void name(unsigned long address)                                                 \
+	{                                                                                       \
+		asm volatile("mov %%rsp, %%r8\n\tmov %%rbp, %%r9\n\tlea -256(%%rsp), %%rsp\n\t" \
+			     "lea " #offset "(%%rax), %%rbp\n\t" instructions                   \
+			     "\n\tmov %%r8, %%rsp\n\tmov %%r9, %%rbp"                           \
+			     : "+a"(address)                                                    \
+			     : "d"(fs_base)                                                     \
+			     : "rbx", "rcx", "r8", "r9", "memory", "cc");                       \
 	}
 
 AT_RAX(read1, "movb (%%rax), %%cl")
@@ -119,7 +119,8 @@ AT_RAX(pop_to_memory, "popq (%%rax)")
 AT_RAX(call_through_memory, "call *(%%rax)")
 AT_RAX(jump_through_memory, "jmp *(%%rax)")
 AT_RAX(far_jump_through_memory, "ljmpl *(%%rax)")
-AT_RAX(index_rbp, "mov %%rbp, %%r9\n\tmov %%rax, %%rbp\n\txor %%ecx, %%ecx\n\tmovq (%%rcx,%%rbp), %%rcx\n\tmov %%r9, %%rbp")
+AT_RAX(index_rbp, "mov %%rbp, %%r9\n\tmov %%rax, %%rbp\n\txor %%ecx, %%ecx\n\t"
+		  "movq (%%rcx,%%rbp), %%rcx\n\tmov %%r9, %%rbp")
 AT_RAX(ss_override, ".byte 0x36\n\tmovq (%%rax), %%rcx")
 AT_RAX(clflush, "clflush (%%rax)")
 AT_RAX(clflushopt, "clflushopt (%%rax)")

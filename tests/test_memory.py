@@ -82,12 +82,19 @@ def test_a_hole_loads_as_all_ones_and_drops_stores(memory: GuestMemory, gpa: int
     assert memory.read(RAM, RAM_BYTES) == before
 
 
-def test_an_access_over_the_end_of_a_slot_does_not_touch_it(memory: GuestMemory) -> None:
+@pytest.mark.parametrize("inside", range(1, 8))
+def test_an_access_over_the_end_of_a_slot_does_not_touch_it(memory: GuestMemory, inside: int) -> None:
     end = RAM + RAM_BYTES
-    memory.store(end - 4, 8, 0x1111111111111111)
-    assert memory.load(end - 4, 4) == 0
-    assert memory.load(end - 4, 8) == (1 << 64) - 1
-    assert memory.load(end - 8, 8) == 0
+    memory.store(end - inside, 8, 0x1111111111111111)
+    assert memory.read(end - inside, inside) == bytes(inside)
+    assert memory.load(end - inside, 8) == (1 << 64) - 1
+
+
+def test_the_last_bytes_of_a_slot_are_part_of_it(memory: GuestMemory) -> None:
+    end = RAM + RAM_BYTES
+    memory.store(end - 8, 8, 0x1122334455667788)
+    assert memory.load(end - 8, 8) == 0x1122334455667788
+    assert memory.load(end - 1, 1) == 0x11
 
 
 def test_an_access_over_the_border_of_two_slots_is_in_neither(memory: GuestMemory) -> None:
@@ -250,6 +257,11 @@ def test_the_slot_table_describes_the_slots(memory: GuestMemory) -> None:
 def test_a_store_marks_its_page_dirty(memory: GuestMemory) -> None:
     memory.store(RAM + PAGE_SIZE + 5, 4, 1)
     assert slot_at(memory, RAM).page_flags.tolist() == [0, PAGE_DIRTY, 0, 0]
+
+
+def test_a_store_up_to_a_page_end_marks_that_page_only(memory: GuestMemory) -> None:
+    memory.store(RAM + PAGE_SIZE - 8, 8, 1)
+    assert slot_at(memory, RAM).page_flags.tolist() == [PAGE_DIRTY, 0, 0, 0]
 
 
 def test_a_store_across_a_page_end_marks_both_pages(memory: GuestMemory) -> None:

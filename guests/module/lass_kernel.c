@@ -61,7 +61,12 @@ static void call_there(void)
 /* RFLAGS.AC lets data accesses through, for copy_from_user() and its like ... */
 static void read_there_with_ac(void)
 {
-	asm volatile(RFLAGS_AC_SET "\n\tmov (%0), %%rdx\n\t" RFLAGS_AC_CLEAR : : "a"(address) : "rdx", "memory", "cc");
+	asm volatile(RFLAGS_AC_SET "\n\t"
+		     "mov (%0), %%rdx\n\t"
+		     RFLAGS_AC_CLEAR
+		     :
+		     : "a"(address)
+		     : "rdx", "memory", "cc");
 }
 
 /* ... and never a fetch. */

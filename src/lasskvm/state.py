@@ -107,7 +107,7 @@ class VcpuState:
 
     def __init__(self) -> None:
         self.array: NDArray[np.uint64] = np.zeros(STATE_WORDS, np.uint64)
-        self.words: memoryview[int] = memoryview(self.array).cast("B").cast("Q")  # type: ignore[assignment]
+        self.words: memoryview[int] = self.array.data.cast("B").cast("Q")
         self.words[MAXPHYADDR] = 46
         self.reset()
 

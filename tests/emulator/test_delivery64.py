@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import (
+from emulator_guest import (
     ABSENT_CS,
     CODE,
     CONFORMING_CS,
@@ -167,7 +167,7 @@ def test_user_mode_handler_of_a_user_mode_event_keeps_the_stack(user: Guest) -> 
     user.set_gate(UD, USER_CODE + 0x100, USER_CS64)
     assert deliver(user, UD) == DELIVERED
     assert user.words[CPL] == 3
-    assert user.words[RSP] == USER_STACK - 48 + 8
+    assert user.words[RSP] == USER_STACK - 40
     assert user.words[SS_WORD] == USER_SS
 
 

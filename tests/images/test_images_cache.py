@@ -141,6 +141,16 @@ def test_a_file_size_limit_while_writing_is_one_sentence_and_keeps_the_old_image
     assert old.is_intact()
 
 
+def test_a_user_without_a_home_folder_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(HostError, match="no home folder for the image cache; set XDG_CACHE_HOME"):
+        ImageCache()
+
+
 def test_an_error_in_the_block_removes_the_staging_folder(tmp_path: Path) -> None:
     def fail() -> None:
         with ImageCache(tmp_path).staging(quiet) as folder:
@@ -153,10 +163,13 @@ def test_an_error_in_the_block_removes_the_staging_folder(tmp_path: Path) -> Non
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    cache = ImageCache(tmp_path)
+    image = install(cache)
     stale = tmp_path / ".staging-killed"
     stale.mkdir()
-    (stale / "half").write_bytes(b"...")
-    install(ImageCache(tmp_path))
+    image.kernel.parent.rename(stale / "image")
+    assert cache.images() == []
+    install(cache)
     assert not stale.exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import mmap
 import os
+import re
 import struct
 import tarfile
 from pathlib import Path
@@ -148,7 +149,8 @@ def test_a_host_without_apt_or_dpkg_is_told_so(
     ("says", "sentence"),
     [
         (
-            "W: GPG error: x sid InRelease: NO_PUBKEY 0123\nE: The repository 'x sid InRelease' is not signed.",
+            "W: GPG error: x sid InRelease: NO_PUBKEY 0123\n"
+            "E: The repository 'x sid InRelease' is not signed.",
             r"the signature of suite sid .* is not good \(The repository 'x sid InRelease' is not signed\)",
         ),
         ("E: GPG error: x: The following signatures were invalid: BADSIG 0123", "the signature of suite sid"),
@@ -187,6 +189,12 @@ def test_a_download_that_fails_leaves_no_cache(
     with pytest.raises(HostError, match="`apt-get download` failed"):
         pull_debian(ImageCache(tmp_path / "cache"))
     assert left_in(tmp_path / "cache") == []
+
+
+def test_a_download_without_the_kernel_is_refused(host: Path, tmp_path: Path) -> None:
+    (tmp_path / "debs" / f"{KERNEL_PACKAGE}_7.2.13-1.deb").unlink()
+    with pytest.raises(HostError, match=f"apt did not deliver {re.escape(KERNEL_PACKAGE)}; pull again"):
+        pull_debian(ImageCache(tmp_path / "cache"))
 
 
 def test_a_failed_pull_keeps_the_image_that_was_there(

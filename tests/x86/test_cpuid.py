@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lasskvm.errors import CpuFeatureError
 from lasskvm.x86.cpuid import (
+    FEATURE_WORDS,
     FEATURES,
     SIGNIFICANT_INDEX,
     SUPPORTED,
@@ -18,6 +19,7 @@ from lasskvm.x86.cpuid import (
     CpuModel,
     cr4_allowed,
     efer_allowed,
+    feature_word,
     list_models,
     parse_cpu,
 )
@@ -304,6 +306,14 @@ def test_the_hypervisor_leaf_is_anonymous() -> None:
     assert table("max").lookup(0x40000000, 0) == (0, 0, 0, 0)
 
 
+def test_hypervisor_ranges_begin_every_100h() -> None:
+    second_range = CpuidEntry(0x40000100, 0, 0, 0x40000101, 1, 2, 3)
+    cpuid = CpuidTable([*parse_cpu("max").entries(), second_range])
+    assert cpuid.lookup(0x40000100, 0) == (0x40000101, 1, 2, 3)
+    assert cpuid.lookup(0x40000101, 0) == (0, 0, 0, 0)
+    assert cpuid.lookup(0x40000102, 0) == cpuid.lookup(0x40000001, 0) == cpuid.lookup(0x16, 0)
+
+
 def test_an_empty_table_returns_zeros() -> None:
     assert CpuidTable([]).lookup(0, 0) == CpuidTable([]).lookup(0x80000001, 5) == (0, 0, 0, 0)
     assert not CpuidTable([]).has("lass")
@@ -319,6 +329,14 @@ def test_an_absent_topology_level_returns_its_number_and_the_apic_id() -> None:
 def test_of_two_entries_for_one_leaf_the_first_counts() -> None:
     cpuid = CpuidTable([CpuidEntry(1, 0, 0, 1, 0, 0, 0), CpuidEntry(1, 0, 0, 2, 0, 0, 0)])
     assert cpuid.lookup(1, 0)[EAX] == 1
+
+
+def test_feature_words_are_empty_where_there_is_no_leaf() -> None:
+    """A lookup out of range returns the highest basic leaf; that must not pass for features."""
+    few = CpuidTable([CpuidEntry(0, 0, 0, 1, 0, 0, 0), CpuidEntry(1, 0, 0, 0x606A6, 0, 3, 5)])
+    assert few.lookup(7, 0)[EAX] == 0x606A6
+    assert [feature_word(few, place) for place in FEATURE_WORDS] == [5, 3, 0, 0, 0, 0, 0, 0]
+    assert not few.has("smep")
 
 
 def features_with(*names: str) -> CpuidTable:

@@ -446,7 +446,7 @@ def test_the_low_address_bits_of_a_large_page_are_reserved_but_pat_is_not(
 )
 def test_the_page_size_bit_above_1_gib_is_reserved(mode: Mode, level: int) -> None:
     tables = Tables(mode, 12)
-    tables.change(level, on=PTE_PS)
+    tables.set(level, PTE_P | PTE_W | PTE_U | PTE_PS)
     assert tables.walk() == (0, 0, PF_P | PF_RSVD)
 
 

@@ -253,8 +253,8 @@ def _stack_from_tss(words: Words, memory: PhysicalMemory, cpl: int, external: in
 
 def _load(words: Words, memory: PhysicalMemory, address: int, size: int, external: int) -> int:
     """Load from the vector table, IDT or TSS, as the implicit access it is."""
-    value, *fault = load_system(words, memory, address, size)
-    raise_linear_fault(*fault, external)
+    value, vector, error_code, fault_address = load_system(words, memory, address, size)
+    raise_linear_fault(vector, error_code, fault_address, external)
     return value
 
 

@@ -66,8 +66,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Image:
-    """A kernel to run, and where it comes from; *busybox* and *manifest* are None for a kernel given by its
-    path."""
+    """A kernel to run and where it comes from; one given by its path has no *busybox* and no *manifest*."""
 
     name: str
     version: str
@@ -95,7 +94,7 @@ class ImageCache:
     def images(self, name: str | None = None) -> list[Image]:
         """All complete images, or those called *name*, the one pulled last at the end."""
         found = []
-        for path in sorted(self.root.glob(f"{name or '*'}/*/{_MANIFEST_FILE}")):
+        for path in sorted(self.root.glob(f"{name or '[!.]*'}/*/{_MANIFEST_FILE}")):
             image = _read_image(path)
             if image is not None:
                 found.append(image)
@@ -125,8 +124,7 @@ class ImageCache:
     def install(self, folder: Path, manifest: Manifest) -> Image:
         """Move *folder*, made inside that of :meth:`staging`, and *manifest* to their place in the cache.
 
-        Their SHA-256 are computed here. Images of the same name and version are removed once this one is
-        there.
+        SHA-256 are computed here. Images of the same name and version are removed once this one is there.
         """
         names = sorted(path.name for path in folder.iterdir())
         complete = Manifest(**{**vars(manifest), "sha256": {name: _sha256(folder / name) for name in names}})
@@ -159,7 +157,10 @@ class ImageCache:
 def _default_root() -> Path:
     # The XDG base directory specification has relative paths ignored
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    base = configured if configured.is_absolute() else Path("~/.cache").expanduser()
+    try:
+        base = configured if configured.is_absolute() else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise HostError("this user has no home folder for the image cache; set XDG_CACHE_HOME") from error
     return base / "lasskvm" / "images"
 
 

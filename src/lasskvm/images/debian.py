@@ -70,6 +70,9 @@ def pull(
         for path in apt.download([kernel_package, _BUSYBOX_PACKAGE]):
             name, package_version = _identify(path)
             packages[name] = (path, package_version)
+        for name in (kernel_package, _BUSYBOX_PACKAGE):
+            if name not in packages:
+                raise HostError(f"apt did not deliver {name}; pull again")
         versions = {name: package_version for name, (_, package_version) in sorted(packages.items())}
         report(f"unpacking {version}")
         _unpack(packages[kernel_package][0], _KERNEL_MEMBER, image_folder / KERNEL_FILE)

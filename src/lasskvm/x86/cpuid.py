@@ -370,10 +370,12 @@ class CpuidTable:
     def has(self, name: str) -> bool:
         """Whether the entries carry the feature *name* (a key of :data:`FEATURES`)."""
         feature = FEATURES[name]
-        entry = self._find(feature.leaf, feature.subleaf)
-        if entry is None:
-            return False
-        return bool((entry.eax, entry.ebx, entry.ecx, entry.edx)[feature.register] >> feature.bit & 1)
+        return bool(self.word(feature.leaf, feature.subleaf, feature.register) >> feature.bit & 1)
+
+    def word(self, leaf: int, subleaf: int, register: int) -> int:
+        """One output register (``EAX`` to ``EDX``) as the entries have it; 0 where there is no entry."""
+        entry = self._find(leaf, subleaf)
+        return (entry.eax, entry.ebx, entry.ecx, entry.edx)[register] if entry is not None else 0
 
     @property
     def maxphyaddr(self) -> int:
@@ -432,15 +434,15 @@ _EFER_FEATURES = {"syscall": reg.EFER_SCE, "lm": reg.EFER_LME | reg.EFER_LMA, "n
 #: Where the eight feature words are found that gate direct execution: (leaf, subleaf, output register).
 FEATURE_WORDS = (
     (LEAF_FEATURES, 0, EDX), (LEAF_FEATURES, 0, ECX), (LEAF_STRUCTURED_FEATURES, 0, EBX),
-    (LEAF_STRUCTURED_FEATURES, 0, ECX), (LEAF_STRUCTURED_FEATURES, 0, EDX), (LEAF_STRUCTURED_FEATURES, 1, EAX),
+    (LEAF_STRUCTURED_FEATURES, 0, ECX), (LEAF_STRUCTURED_FEATURES, 0, EDX),
+    (LEAF_STRUCTURED_FEATURES, 1, EAX),
     (LEAF_EXTENDED_FEATURES, 0, EDX), (LEAF_EXTENDED_FEATURES, 0, ECX),
 )  # fmt: skip
 
 
 def feature_word(table: CpuidTable, place: tuple[int, int, int]) -> int:
     """One of the :data:`FEATURE_WORDS` of *table*."""
-    leaf, subleaf, register = place
-    return table.lookup(leaf, subleaf)[register]
+    return table.word(*place)
 
 
 def cr4_allowed(table: CpuidTable) -> int:

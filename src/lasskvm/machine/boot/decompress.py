@@ -96,7 +96,8 @@ def _unpacker(magic: bytes) -> Callable[[memoryview, int], bytes]:
     )
 
 
-# Every unpacker returns at most one byte more than `size`: that byte tells a stream that is too long.
+# An unpacker may return more than `size`, which tells a stream that is too long, but not without bound: one
+# byte more, or one block more for lz4.
 
 
 def _stored(payload: memoryview, size: int) -> bytes:
