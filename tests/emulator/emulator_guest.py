@@ -1,4 +1,4 @@
-"""A guest for the emulator's tests: a 64-bit kernel in the upper half, with page tables, GDT, LDT, IDT and TSS."""
+"""A guest for the tests: a 64-bit kernel in the upper half, with page tables, GDT, LDT, IDT and TSS."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ from lasskvm.x86.registers import (
     CR4_SMEP,
     CS,
     DS,
-    ES,
     EFER_LMA,
     EFER_LME,
     EFER_NXE,
     EFER_SCE,
+    ES,
     FS,
     GS,
     LDTR,
@@ -73,11 +73,13 @@ from lasskvm.x86.registers import (
     TR,
 )
 
-#: The kernel's half maps guest-physical memory from 0; the same pages are user pages at the same low addresses.
+#: The upper half maps guest-physical memory from 0; the lower half has the same pages as user pages.
 UPPER = 0xFFFF_8000_0000_0000
 MAPPED = 0x200000
 GDT, LDT, IDT, TSS = UPPER + 0x1000, UPPER + 0x2000, UPPER + 0x3000, UPPER + 0x4000
-CODE, KERNEL_STACK, RING0_STACK, IST_STACK = (UPPER + offset for offset in (0x10000, 0x21000, 0x31000, 0x41000))
+CODE, KERNEL_STACK, RING0_STACK, IST_STACK = (
+    UPPER + offset for offset in (0x10000, 0x21000, 0x31000, 0x41000)
+)
 USER_CODE, USER_STACK = 0x50000, 0x61000
 PML4, PDPT_LOW, PDPT_HIGH, PD_LOW, PD_HIGH, PT_LOW, PT_HIGH = range(0x180000, 0x187000, 0x1000)
 
@@ -225,5 +227,3 @@ class Guest:
     def snapshot(self) -> bytes:
         """All state words."""
         return self.state.to_bytes()
-
-

@@ -274,7 +274,9 @@ def test_vector_beyond_the_idt_limit_reports_the_gate(guest: Guest) -> None:
     assert deliver(guest, UD) == DELIVERED
 
 
-@pytest.mark.parametrize("attributes", [AR_P | SYS_CALL_GATE, AR_P | SYS_INTERRUPT_GATE | 1 << 4, AR_P | 6, AR_P | 5])
+@pytest.mark.parametrize(
+    "attributes", [AR_P | SYS_CALL_GATE, AR_P | SYS_INTERRUPT_GATE | 1 << 4, AR_P | 6, AR_P | 5]
+)
 def test_entry_of_another_type_is_a_general_protection(guest: Guest, attributes: int) -> None:
     guest.set_gate(UD, CODE, attributes=attributes)
     assert deliver(guest, UD) == (GP, gate_error(UD), 0)
@@ -369,7 +371,9 @@ def test_accessed_bit_in_a_write_protected_gdt_is_a_page_fault(guest: Guest) -> 
 # ----------------------------------------------------------------------------- paging, canonical rule, LASS
 
 
-@pytest.mark.parametrize(("page", "address"), [(IDT, IDT + UD * 16), (GDT, GDT + KERNEL_CS), (TSS, TSS + TSS64_RSP0)])
+@pytest.mark.parametrize(
+    ("page", "address"), [(IDT, IDT + UD * 16), (GDT, GDT + KERNEL_CS), (TSS, TSS + TSS64_RSP0)]
+)
 def test_unmapped_system_structure_is_a_supervisor_page_fault(user: Guest, page: int, address: int) -> None:
     user.unmap(page)
     assert deliver(user, UD) == (PF, 0, address)

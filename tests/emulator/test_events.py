@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from emulator_guest import CODE, DPL3, IDT, KERNEL_STACK, RING0_STACK, TSS, UPPER, USER_CODE, USER_STACK, Guest
+from emulator_guest import (
+    CODE,
+    DPL3,
+    IDT,
+    KERNEL_STACK,
+    RING0_STACK,
+    TSS,
+    UPPER,
+    USER_CODE,
+    USER_STACK,
+    Guest,
+)
 
 from lasskvm.emulator.events import Event, EventKind, deliver_event
 from lasskvm.emulator.faults import GuestFault, TripleFault

@@ -112,7 +112,14 @@ def virtual_8086(protected: Guest) -> Guest:
     words = protected.words
     words[CPL] = 3
     words[RFLAGS] = RFLAGS_FIXED | RFLAGS_VM | RFLAGS_IF
-    for number, selector in ((CS, 0x800), (SS_REGISTER, 0x900), (DS, 0xA00), (ES, 0xB00), (FS, 0xC00), (GS, 0xD00)):
+    for number, selector in (
+        (CS, 0x800),
+        (SS_REGISTER, 0x900),
+        (DS, 0xA00),
+        (ES, 0xB00),
+        (FS, 0xC00),
+        (GS, 0xD00),
+    ):
         protected.state.set_segment(number, Segment(selector, selector << 4, 0xFFFF, AR_REAL_MODE | DPL3))
     words[RIP], words[RSP] = 0x10, 0x100
     return protected
@@ -341,7 +348,18 @@ def test_virtual_8086_task_is_left_with_all_segments_pushed_and_nulled(virtual_8
     flags = words[RFLAGS]
     deliver(virtual_8086, GP, error_code=0)
     assert words[RSP] == RING0_STACK - 40
-    assert pushed(virtual_8086, 10, 4) == [0, 0x10, 0x800, flags | RFLAGS_RF, 0x100, 0x900, 0xB00, 0xA00, 0xC00, 0xD00]
+    assert pushed(virtual_8086, 10, 4) == [
+        0,
+        0x10,
+        0x800,
+        flags | RFLAGS_RF,
+        0x100,
+        0x900,
+        0xB00,
+        0xA00,
+        0xC00,
+        0xD00,
+    ]
     assert not words[RFLAGS] & RFLAGS_VM
     assert words[CPL] == 0
     for number in (DS, ES, FS, GS):

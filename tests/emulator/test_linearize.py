@@ -38,7 +38,9 @@ LOW = 0x60000
 NOT_CANONICAL = 1 << 47
 
 
-def fault_of(guest: Guest, segment: int, offset: int, size: int = 1, flags: int = 0) -> tuple[int, int | None]:
+def fault_of(
+    guest: Guest, segment: int, offset: int, size: int = 1, flags: int = 0
+) -> tuple[int, int | None]:
     with pytest.raises(GuestFault) as caught:
         linearize(guest.ctx, segment, offset, size, flags)
     return caught.value.vector, caught.value.error_code

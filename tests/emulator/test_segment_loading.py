@@ -227,7 +227,9 @@ def test_lldt_of_an_absent_ldt_is_not_present(guest: Guest) -> None:
 
 
 def test_ltr_makes_the_tss_busy_in_the_gdt_and_in_the_register(guest: Guest) -> None:
-    guest.set_descriptor(TSS_SELECTOR, make_segment(TSS & 0xFFFFFFFF, TSS64_BYTES - 1, AR_P | SYS_TSS_AVAILABLE))
+    guest.set_descriptor(
+        TSS_SELECTOR, make_segment(TSS & 0xFFFFFFFF, TSS64_BYTES - 1, AR_P | SYS_TSS_AVAILABLE)
+    )
     load_tr(guest.words, guest.memory, TSS_SELECTOR)
     assert guest.descriptor(TSS_SELECTOR) >> 40 & 0xF == SYS_TSS_BUSY
     assert (field(guest, TR, BASE), field(guest, TR, ATTRIBUTES)) == (TSS, AR_TSS64_BUSY)

@@ -201,16 +201,28 @@ def test_sysexit_returns_to_64_bit_or_32_bit_code(kernel: Guest) -> None:
     words[RDX], words[RCX] = USER_CODE, 0x61000
     assert sysexit(words, 1) == 0
     assert (words[RIP], words[RSP], words[CPL]) == (USER_CODE, 0x61000, 3)
-    assert segments(kernel) == (KERNEL_CS + 32 | 3, AR_CODE64 | USER_DPL, KERNEL_CS + 40 | 3, AR_DATA | USER_DPL)
+    assert segments(kernel) == (
+        KERNEL_CS + 32 | 3,
+        AR_CODE64 | USER_DPL,
+        KERNEL_CS + 40 | 3,
+        AR_DATA | USER_DPL,
+    )
     kernel.enter_kernel()
     words[RDX], words[RCX] = 0x1_0000_2000, 0x1_0000_3000
     assert sysexit(words, 0) == 0
     assert (words[RIP], words[RSP]) == (0x2000, 0x3000)
-    assert segments(kernel) == (KERNEL_CS + 16 | 3, AR_CODE32 | USER_DPL, KERNEL_CS + 24 | 3, AR_DATA | USER_DPL)
+    assert segments(kernel) == (
+        KERNEL_CS + 16 | 3,
+        AR_CODE32 | USER_DPL,
+        KERNEL_CS + 24 | 3,
+        AR_DATA | USER_DPL,
+    )
 
 
 @pytest.mark.parametrize("register", [RCX, RDX])
-def test_sysexit_to_an_address_that_is_not_canonical_is_a_general_protection(kernel: Guest, register: int) -> None:
+def test_sysexit_to_an_address_that_is_not_canonical_is_a_general_protection(
+    kernel: Guest, register: int
+) -> None:
     kernel.words[register] = NOT_CANONICAL
     before = kernel.snapshot()
     assert sysexit(kernel.words, 1) == GP

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lasskvm.emulator.mmu import translate
 from lasskvm.emulator.msrs import MsrFile
 from lasskvm.memory import GuestMemory
 from lasskvm.state import Words
 from lasskvm.x86.cpuid import CpuidTable
+from lasskvm.x86.paging import PhysicalMemory
 
-__all__ = ["Emulation"]
+__all__ = ["Emulation", "Translate"]
+
+#: A function with the parameters and results of :func:`lasskvm.emulator.mmu.translate`.
+Translate = Callable[[Words, PhysicalMemory, int, int, int, int, int], tuple[int, int, int, int]]
 
 
 @dataclass
@@ -18,7 +23,9 @@ class Emulation:
     """The context that every handler gets; KVM's ``struct x86_emulate_ctxt``, without the instruction.
 
     ``read_tsc`` gives the host side of the time-stamp counter; what the guest reads is that plus the offset
-    that the MSR file keeps. ``halted`` is set by HLT and cleared by whoever delivers an event.
+    that the MSR file keeps. ``halted`` is set by HLT and cleared by whoever delivers an event. ``translate`` is
+    :func:`lasskvm.emulator.mmu.translate`; direct execution puts a compiled form there, because it makes the
+    instruction fetch of every exit several times faster.
     """
 
     words: Words
@@ -27,3 +34,4 @@ class Emulation:
     msrs: MsrFile
     read_tsc: Callable[[], int]
     halted: bool = False
+    translate: Translate = translate

@@ -30,7 +30,7 @@ from iced_x86 import (
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.faults import general_protection, invalid_opcode, raise_linear_fault
 from lasskvm.emulator.linearize import linear_address, linearize
-from lasskvm.emulator.mmu import next_linear, translate
+from lasskvm.emulator.mmu import next_linear
 from lasskvm.emulator.modes import code_bits
 from lasskvm.lass import FETCH
 from lasskvm.memory import PAGE_SIZE
@@ -40,6 +40,7 @@ from lasskvm.x86.registers import MASK32, MASK64
 
 __all__ = [
     "MAX_INSTRUCTION_LENGTH",
+    "SEGMENT_NUMBERS",
     "Decoded",
     "MemoryOperand",
     "decode",
@@ -55,7 +56,8 @@ _CACHED_INSTRUCTIONS = 1 << 16
 _MASK16 = 0xFFFF
 _NO_WORD = -1
 
-_SEGMENTS = {
+#: Segment registers: iced-x86's numbers to those of :mod:`lasskvm.x86.registers`.
+SEGMENT_NUMBERS: dict[int, int] = {
     Register.ES: registers.ES,
     Register.CS: registers.CS,
     Register.SS: registers.SS,
@@ -154,7 +156,9 @@ def fetch_instruction(ctx: Emulation) -> Decoded:
     """
     words = ctx.words
     bits = code_bits(words)
-    start = linearize(ctx, registers.CS, words[RIP], 1, FETCH)
+    start = linear_address(words, registers.CS, words[RIP])
+    if bits != 64:
+        linearize(ctx, registers.CS, words[RIP], 1, FETCH)
     head = min(MAX_INSTRUCTION_LENGTH, PAGE_SIZE - start % PAGE_SIZE)
     code = _fetch(ctx, start, head)
     decoded = decode(bits, code)
@@ -162,7 +166,8 @@ def fetch_instruction(ctx: Emulation) -> Decoded:
         code += _fetch(ctx, next_linear(words, start, head), MAX_INSTRUCTION_LENGTH - head)
         decoded = decode(bits, code)
     if isinstance(decoded, Decoded):
-        linearize(ctx, registers.CS, words[RIP], decoded.length, FETCH)
+        if bits != 64:
+            linearize(ctx, registers.CS, words[RIP], decoded.length, FETCH)
         return decoded
     if decoded == _TOO_LONG:
         raise general_protection()
@@ -171,12 +176,15 @@ def fetch_instruction(ctx: Emulation) -> Decoded:
 
 def _fetch(ctx: Emulation, address: int, size: int) -> bytes:
     words = ctx.words
-    gpa, _, vector, error_code = translate(words, ctx.memory, address, size, FETCH, words[CPL], words[RFLAGS])
+    # Translation applies the canonical rule and LASS too.
+    gpa, _, vector, error_code = ctx.translate(
+        words, ctx.memory, address, size, FETCH, words[CPL], words[RFLAGS]
+    )
     raise_linear_fault(vector, error_code, address)
     return ctx.memory.read(gpa, size)
 
 
-def effective_address(words: Words, decoded: Decoded, operand: MemoryOperand) -> int:
+def effective_address(words: Words, operand: MemoryOperand) -> int:
     """The offset of *operand* in its segment, from the current registers and RIP."""
     offset = operand.displacement
     if operand.base != _NO_WORD:
@@ -212,7 +220,7 @@ def is_read_modify_write(words: Words, decoded: Decoded, address: int) -> bool:
 def _access_at(words: Words, decoded: Decoded, address: int) -> MemoryOperand | None:
     """The access that covers *address*; else the first one, for those whose extent depends on the state."""
     for operand in decoded.accesses:
-        offset = effective_address(words, decoded, operand)
+        offset = effective_address(words, operand)
         start = linear_address(words, operand.segment, offset)
         if (address - start) & MASK64 < max(operand.size, 1):
             return operand
@@ -228,7 +236,7 @@ def _explicit_operand(instruction: Instruction, bits: int) -> MemoryOperand:
         mask = _explicit_address_mask(instruction, bits)
     base_word, base_mask = (_NO_WORD, 0) if relative else _word_and_mask(base)
     index_word, index_mask = _word_and_mask(instruction.memory_index)
-    segment = _SEGMENTS[instruction.memory_segment]
+    segment = SEGMENT_NUMBERS[instruction.memory_segment]
     return MemoryOperand(
         segment=segment,
         base=base_word,
@@ -263,7 +271,7 @@ def _accessed(memory: UsedMemory, instruction: Instruction) -> MemoryOperand:
         and memory.index == Register.NONE
         and memory.displacement == instruction.ip_rel_memory_address
     )
-    segment = _SEGMENTS[memory.segment]
+    segment = SEGMENT_NUMBERS[memory.segment]
     return MemoryOperand(
         segment=segment,
         base=base_word,

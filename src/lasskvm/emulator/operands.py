@@ -93,5 +93,5 @@ def write_operand(ctx: Emulation, decoded: Decoded, number: int, value: int) -> 
 def _place(ctx: Emulation, decoded: Decoded) -> tuple[MemoryOperand, int, int]:
     operand = decoded.operand
     assert operand is not None
-    offset = effective_address(ctx.words, decoded, operand)
+    offset = effective_address(ctx.words, operand)
     return operand, offset, STACK if decoded.bits == 64 and operand.is_stack else 0

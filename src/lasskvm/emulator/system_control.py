@@ -8,24 +8,23 @@ Source: Intel SDM volume 2, the instructions by name; KVM's ``kvm_emulate_halt()
 
 from __future__ import annotations
 
-from iced_x86 import Code, Mnemonic
+from iced_x86 import Code, Mnemonic, Register
 
 from lasskvm.emulator.completion import Handler, complete, next_rip, require_cpl0, trap_if_single_stepping
 from lasskvm.emulator.context import Emulation
-from lasskvm.emulator.decode import Decoded
+from lasskvm.emulator.decode import SEGMENT_NUMBERS, Decoded
 from lasskvm.emulator.events import Event, EventKind, deliver_event
 from lasskvm.emulator.faults import GuestFault, Unhandleable, general_protection, invalid_opcode
 from lasskvm.emulator.linearize import load
-from lasskvm.emulator.modes import in_64bit_mode, in_virtual_8086_mode
-from lasskvm.emulator.operands import load_memory_operand
+from lasskvm.emulator.modes import in_virtual_8086_mode
+from lasskvm.emulator.operands import load_memory_operand, read_register
 from lasskvm.emulator.syscalls import syscall64, sysenter, sysexit, sysret
-from lasskvm.state import CPL, CR4, RAX, RCX, RFLAGS, TLB_FLUSH
+from lasskvm.state import CPL, CR4, RCX, RFLAGS, TLB_FLUSH
 from lasskvm.x86.exceptions import BP, DB, GP, OF
 from lasskvm.x86.registers import (
     CR4_VME,
     DS,
     MASK32,
-    MASK64,
     RFLAGS_IOPL,
     RFLAGS_OF,
 )
@@ -34,6 +33,12 @@ __all__ = ["HANDLERS"]
 
 #: MWAIT's extension "treat interrupts as break events even if masked".
 _MWAIT_INTERRUPT_BREAK = 1 << 0
+#: MONITOR's implied address register, by address size.
+_MONITOR_ADDRESSES: dict[int, int] = {
+    Code.MONITORQ: Register.RAX,
+    Code.MONITORD: Register.EAX,
+    Code.MONITORW: Register.AX,
+}
 _CACHE_LINE_FEATURES = {
     Mnemonic.CLFLUSH: "clflush",
     Mnemonic.CLFLUSHOPT: "clflushopt",
@@ -71,13 +76,13 @@ def _flush_cache_line(ctx: Emulation, decoded: Decoded) -> None:
 
 def _monitor(ctx: Emulation, decoded: Decoded) -> None:
     """MONITOR reads one byte at DS:RAX, or through the overriding segment; what it arms nobody triggers."""
-    words = ctx.words
+    words, instruction = ctx.words, decoded.instruction
     if words[CPL] or not ctx.cpuid.has("monitor"):
         raise invalid_opcode()
     if words[RCX] & MASK32:
         raise general_protection()
-    mask = MASK64 if in_64bit_mode(words) else MASK32
-    load(ctx, DS, words[RAX] & mask, 1)
+    segment = SEGMENT_NUMBERS.get(instruction.segment_prefix, DS)
+    load(ctx, segment, read_register(words, _MONITOR_ADDRESSES[instruction.code]), 1)
     complete(ctx, decoded)
 
 
@@ -135,11 +140,11 @@ def _sysenter(ctx: Emulation, decoded: Decoded) -> None:
 
 
 def _sysret(ctx: Emulation, decoded: Decoded) -> None:
-    _raise_vector(sysret(ctx.words, int(decoded.instruction.code == Code.SYSRETQ)))
+    _raise_vector(sysret(ctx.words, int(decoded.instruction.mnemonic == Mnemonic.SYSRETQ)))
 
 
 def _sysexit(ctx: Emulation, decoded: Decoded) -> None:
-    _raise_vector(sysexit(ctx.words, int(decoded.instruction.code == Code.SYSEXITQ)))
+    _raise_vector(sysexit(ctx.words, int(decoded.instruction.mnemonic == Mnemonic.SYSEXITQ)))
 
 
 def _raise_vector(vector: int) -> None:
@@ -165,5 +170,7 @@ HANDLERS: dict[int, Handler] = {
     Mnemonic.SYSCALL: _syscall,
     Mnemonic.SYSENTER: _sysenter,
     Mnemonic.SYSRET: _sysret,
+    Mnemonic.SYSRETQ: _sysret,
     Mnemonic.SYSEXIT: _sysexit,
+    Mnemonic.SYSEXITQ: _sysexit,
 }

@@ -19,6 +19,7 @@ from unicorn.unicorn_py3.unicorn import uclib
 
 from lasskvm.engine import context as c
 from lasskvm.engine import entry, fill, hooks, private
+from lasskvm.engine.block_hook import BlockHook
 from lasskvm.engine.calibration import calibrate, library_function
 from lasskvm.engine.native import Callback
 from lasskvm.errors import HostError
@@ -218,7 +219,8 @@ class Engine:
         private.set_no_exit_request(self._handle)
         private.replace_tlb_fill(self._cpu, fill.tlb_fill.address)
         self._hook(unicorn.UC_HOOK_INTR, hooks.on_event)
-        self._hook(unicorn.UC_HOOK_BLOCK, hooks.on_block)
+        self._block_hook = BlockHook()
+        self._hook(unicorn.UC_HOOK_BLOCK, self._block_hook)
         for instruction, hook in _INSTRUCTION_HOOKS.items():
             self._hook(unicorn.UC_HOOK_INSN, hook, instruction)
         self._native_features = tuple(
@@ -236,7 +238,7 @@ class Engine:
             _ALL_DEBUG_REGISTERS,
         )  # fmt: skip
 
-    def _hook(self, kind: int, hook: Callback, instruction: int = 0) -> None:
+    def _hook(self, kind: int, hook: Callback | BlockHook, instruction: int = 0) -> None:
         handle = ctypes.c_size_t()
         # An empty address range means everywhere. The instruction is a variadic argument, read for UC_HOOK_INSN only.
         status = _HOOK_ADD(_address(uclib.uc_hook_add))(

@@ -50,7 +50,6 @@ from lasskvm.engine.context import (
     HOST_DEADLINE,
     HOST_POLL_BLOCKS,
     HOST_TIME,
-    LAST_BLOCK,
     MEMORY,
     PORT_CLAIMED,
     STATE,
@@ -104,7 +103,7 @@ from lasskvm.x86.exceptions import DB, GP, PF, UD
 from lasskvm.x86.opcodes import ONE_BYTE_RMW, TWO_BYTE_RMW, is_rmw_opcode
 from lasskvm.x86.registers import CR4_TSD, EFER_LMA, MASK32, RFLAGS_RF, RFLAGS_TF
 
-__all__ = ["on_block", "on_event", "on_port_read", "on_port_write", "on_rdtsc", "on_rdtscp", "on_syscall", "on_sysenter"]
+__all__ = ["on_deadline", "on_event", "on_port_read", "on_port_write", "on_rdtsc", "on_rdtscp", "on_syscall", "on_sysenter"]
 
 _PAGE_SHIFT = 12
 _REX_W_SHIFT = 3
@@ -358,23 +357,20 @@ def _check_port(context: int, port: int, size: int) -> None:
 # --------------------------------------------------------------------------------------------------------- time
 
 
-@callback(types.void, types.uint64, types.uint64, types.uint32, types.uint64)
-def on_block(uc, address, size, context):  # type: ignore[no-untyped-def]
-    """Count a block of guest code, and end the run when the deadline has come."""
-    block(address, context)
+@callback(types.void, types.uint64)
+def on_deadline(context):  # type: ignore[no-untyped-def]
+    """The block deadline has come (:mod:`lasskvm.engine.block_hook`)."""
+    deadline_reached(context)
 
 
-def block(address: int, context: int) -> None:
-    """The body of :func:`on_block`. With a host deadline, the host's clock is asked now and then instead."""
-    count = load64(context + 8 * BLOCKS) + 1
-    store64(context + 8 * BLOCKS, count)
-    store64(context + 8 * LAST_BLOCK, address)
-    if count >= load64(context + 8 * BLOCK_DEADLINE):
-        deadline = load64(context + 8 * HOST_DEADLINE)
-        if deadline != 0 and host_nanoseconds(context) < deadline:
-            store64(context + 8 * BLOCK_DEADLINE, count + load64(context + 8 * HOST_POLL_BLOCKS))
-            return
-        _emu_stop(load64(context + 8 * FN_EMU_STOP), load64(context))
+def deadline_reached(context: int) -> None:
+    """End the run; with a host deadline, only when the host's clock says so, and else ask again some blocks later."""
+    deadline = load64(context + 8 * HOST_DEADLINE)
+    if deadline != 0 and host_nanoseconds(context) < deadline:
+        count = load64(context + 8 * BLOCKS)
+        store64(context + 8 * BLOCK_DEADLINE, count + load64(context + 8 * HOST_POLL_BLOCKS))
+        return
+    _emu_stop(load64(context + 8 * FN_EMU_STOP), load64(context))
 
 
 def host_nanoseconds(context: int) -> int:

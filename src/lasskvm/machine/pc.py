@@ -7,6 +7,7 @@ exits of ``KVM_RUN``.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from lasskvm.kvm import (
     InternalErrorExit,
     IntrExit,
     IoExit,
+    MmioExit,
     PortBus,
     PortDevice,
     ShutdownExit,
@@ -27,7 +29,7 @@ from lasskvm.kvm import (
 from lasskvm.machine.boot import LongModeEntry
 from lasskvm.machine.devices import COM1_IRQ, RTC_IRQ
 from lasskvm.machine.devices.debug_console import DebugConsole
-from lasskvm.machine.devices.debug_exit import DebugExit, exit_status
+from lasskvm.machine.devices.debug_exit import DebugExit
 from lasskvm.machine.devices.i8042 import I8042
 from lasskvm.machine.devices.port92 import Port92
 from lasskvm.machine.devices.post_port import PostPort
@@ -46,6 +48,9 @@ MINIMUM_MEMORY = 4 * MIB
 LOW_MEMORY_END = 0xC000_0000
 HIGH_MEMORY_START = 1 << 32
 _LOW_SLOT, _HIGH_SLOT = 0, 1
+#: A guest that keeps the VMM busy with port I/O lets it look around after so many exits, or so much guest time.
+_TURN_EXITS = 1000
+_TURN_NS = 20_000_000
 
 
 class End(Enum):
@@ -82,7 +87,7 @@ class Pc:
     debug console. *idle* is called when the guest has nothing to do, with the nanoseconds until its next timer (None: it
     waits for input for ever), and, with 0, now and then while it runs; it is where a console reads its input.
 
-    Raises :class:`MemoryLayoutError` for an impossible memory size.
+    Raises :class:`MemoryLayoutError` for a memory size that is too small, or more than this host has.
     """
 
     def __init__(
@@ -98,11 +103,18 @@ class Pc:
             raise MemoryLayoutError(
                 f"{memory_size / MIB:g} MiB of memory is too little for a PC; give at least {MINIMUM_MEMORY // MIB}"
             )
+        if memory_size > _host_memory():
+            raise MemoryLayoutError(
+                f"the guest cannot have {memory_size / MIB:g} MiB of memory, this host has {_host_memory() // MIB}; "
+                "give it less"
+            )
         self.vm = Vm()
         if clock is not None:
             self.vm.set_clock(clock)
         self._idle = idle or _wait
         self._ending: Ending | None = None
+        self._exits_since_turn = 0
+        self._last_turn_ns = 0
         low = min(memory_size, LOW_MEMORY_END)
         self.vm.set_user_memory_region(_LOW_SLOT, 0, self.vm.allocate(low))
         if memory_size > low:
@@ -142,13 +154,20 @@ class Pc:
         self.vcpu.set_sregs(state)
 
     def run(self, timeout: float | None = None) -> Ending:
-        """Run until the guest ends, or for *timeout* seconds of the host's time."""
+        """Run until the guest ends, or for *timeout* seconds of the host's time.
+
+        Raises only what *output* and *idle* raise, and :class:`~lasskvm.errors.HostError` when the host cannot run guests.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._ending is None:
             vm_exit = self.vcpu.run()
             match vm_exit:
                 case IoExit():
                     self._port_io(vm_exit)
+                    self._turn_when_due(deadline)
+                case MmioExit():
+                    # Nobody answers: what is read stays all ones, what is written is dropped.
+                    self._turn_when_due(deadline)
                 case IntrExit():
                     self._take_a_turn(vm_exit, deadline)
                 case HltExit():
@@ -156,14 +175,35 @@ class Pc:
                 case ShutdownExit():
                     self._ending = Ending(End.TRIPLE_FAULT, STATUS_CRASHED, self._where())
                 case InternalErrorExit():
-                    self._ending = Ending(End.INTERNAL_ERROR, STATUS_CRASHED, vm_exit.detail)
+                    self._ending = Ending(End.INTERNAL_ERROR, STATUS_CRASHED, _describe(vm_exit))
         return self._ending
 
     def stop(self) -> None:
         """End the run at the next occasion; for a console."""
         self._ending = Ending(End.STOPPED, 0)
 
+    def statistics(self) -> dict[str, int]:
+        """What the run so far has cost, by name: blocks executed, guest time, and what direct execution counts."""
+        return {
+            "executed_blocks": self.vcpu.executed_blocks,
+            "guest_nanoseconds": self.vm.clock.now(),
+            **self.vcpu.engine.counters(),
+        }
+
+    def _turn_when_due(self, deadline: float | None) -> None:
+        """Take a turn now and then, though no run gets as far as an IntrExit.
+
+        When is counted in what the guest did, not in the host's time, so that deterministic runs stay it.
+        """
+        self._exits_since_turn += 1
+        if self._exits_since_turn >= _TURN_EXITS or self.vm.clock.now() - self._last_turn_ns >= _TURN_NS:
+            self._take_a_turn(IntrExit(), deadline)
+
     def _take_a_turn(self, vm_exit: IntrExit, deadline: float | None) -> None:
+        self._exits_since_turn = 0
+        self._last_turn_ns = self.vm.clock.now()
+        if self._ending is not None:
+            return
         if deadline is not None and time.monotonic() >= deadline:
             self._ending = Ending(End.TIMEOUT, STATUS_TIMEOUT, self._where())
             return
@@ -196,6 +236,16 @@ class Pc:
     def _where(self) -> str:
         regs = self.vcpu.get_regs()
         return f"RIP {regs.rip:#x}, RSP {regs.rsp:#x}, CR3 {self.vcpu.get_sregs().cr3:#x}"
+
+
+def _describe(vm_exit: InternalErrorExit) -> str:
+    if not vm_exit.instruction:
+        return vm_exit.detail
+    return f"{vm_exit.detail}; the instruction is {vm_exit.instruction.hex(' ')}"
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _wait(nanoseconds: int | None) -> None:

@@ -145,8 +145,9 @@ SUPPORTED: frozenset[str] = _names("""
     pni pclmulqdq ssse3 cx16 sse4_1 sse4_2 movbe popcnt aes hypervisor
     smep erms adx smap la57 fsrm lass
     syscall nx pdpe1gb rdtscp lm lahf_lm nonstop_tsc""")
-#: Supported, but only on request: five-level paging makes every page walk longer.
-_ON_REQUEST = _names("la57")
+#: Supported, but only on request. Five-level paging makes every page walk longer. With the other two, kernels clear and
+#: copy pages by REP STOSB and REP MOVSB, which direct execution does byte by byte; without, eight bytes at a time.
+_ON_REQUEST = _names("la57 erms fsrm")
 
 #: What a feature cannot be without.
 _NEEDS: dict[str, str] = {

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["PROGRAM_STATUS_PORT", "ProgramStatus"]
+from lasskvm.machine.boot.linux import PROGRAM_STATUS_PORT
 
-#: One byte written here ends the VM with exactly that exit status, 0 to 255. It lies behind the debug-exit ports.
-PROGRAM_STATUS_PORT = 0xF8
+__all__ = ["ProgramStatus"]
 
 
 class ProgramStatus:

@@ -1,0 +1,1 @@
+"""Guest programs that state what the architecture requires, run through the KVM API."""

@@ -1,0 +1,226 @@
+"""A small 64-bit guest to ask one question at a time: what does the machine do with this program?
+
+The guest is built as :mod:`lasskvm.conformance.layout` says, and driven through the KVM API. Each exception and
+interrupt vector has a handler of its own that halts; which one the vCPU halts in, and the frame on its stack, say what
+happened. A program that runs to its end ends in a handler too: ``INT 80H`` follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from lasskvm.conformance import layout
+from lasskvm.conformance.assembler import Assembled, assemble
+from lasskvm.conformance.layout import DONE_VECTOR, PageTables
+from lasskvm.kvm import Exit, HltExit, IntrExit, Regs, Sregs, Vm
+from lasskvm.x86.cpuid import parse_cpu
+from lasskvm.x86.exceptions import vector_name
+from lasskvm.x86.paging import PTE_A, PTE_D
+from lasskvm.x86.registers import RFLAGS_FIXED
+
+__all__ = ["Guest", "Outcome"]
+
+#: CR2 before each program, so that a test sees whether it was written.
+CR2_UNTOUCHED = 0xFFFF_8BAD_0000_0CE2
+
+_HLT = b"\xf4"
+_WORD_BYTES = 8
+_FRAME_WORDS = 5
+#: What a program can change and the next one relies on, as guest-physical ranges.
+_RESTORED = (
+    (0, layout.HANDLERS_GPA),
+    (layout.DATA_GPA, layout.DATA_END),
+    (layout.TABLES_GPA, layout.TABLES_END),
+)
+#: Runs that a program gets: an exit for the VMM's own sake is no outcome.
+_MAX_RUNS = 4
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program.
+
+    ``vector`` is that of the event whose handler was reached; None when the run ended otherwise, which ``exit`` tells.
+    ``rip`` to ``ss`` are the interrupted program's, from the handler's frame (without an event: the vCPU's own), and
+    ``registers`` the vCPU's at the exit.
+    """
+
+    exit: Exit
+    vector: int | None
+    error_code: int | None
+    rip: int
+    cs: int
+    rflags: int
+    rsp: int
+    ss: int
+    cr2: int
+    registers: Regs
+    program: Assembled
+
+    @property
+    def completed(self) -> bool:
+        """Whether the program ran to its end."""
+        return self.vector == DONE_VECTOR
+
+    @property
+    def label(self) -> str | None:
+        """The program's label at ``rip``, which names the place where something happened."""
+        return next((name for name, address in self.program.labels.items() if address == self.rip), None)
+
+    def __str__(self) -> str:
+        if self.completed:
+            return "completed"
+        if self.vector is None:
+            return f"{self.exit} at {self.rip:#x}"
+        code = "" if self.error_code is None else f"({self.error_code:#x})"
+        return f"{vector_name(self.vector)}{code} at {self.label or hex(self.rip)}"
+
+
+class Guest:
+    """One guest, used for many programs; ``cpu`` is a CPU model as ``--cpu`` takes it.
+
+    After :meth:`reset`, memory, ``tables``, ``msrs`` and what :meth:`configure` set are as at the start. Attributes that
+    may be changed for the next programs:
+
+    ``cr0``, ``cr4``, ``efer``
+        Control registers; LASS, SMAP and SMEP are on to begin with.
+    ``sregs``
+        Fields of ``Sregs`` to replace, by name.
+    ``msrs``
+        Model-specific registers to set, by index.
+    """
+
+    def __init__(self, cpu: str = "max") -> None:
+        self.vm = Vm()
+        self.vm.set_user_memory_region(0, 0, self.vm.allocate(layout.MEMORY_BYTES))
+        self.memory = self.vm.memory
+        self.vcpu = self.vm.create_vcpu()
+        self.vcpu.set_cpuid2(parse_cpu(cpu).entries())
+        self._power_on = self.vcpu.get_sregs()
+        layout.write_tables(self.memory)
+        for vector in range(layout.VECTORS):
+            self.memory.write(layout.HANDLERS_GPA + vector * layout.HANDLER_BYTES, _HLT)
+        self.tables = PageTables(self.memory)
+        self.tables.map_layout()
+        self._pristine_tables = self.tables.next_free
+        self._pristine = [(start, self.memory.read(start, end - start)) for start, end in _RESTORED]
+        self._program = Assembled(0, b"", {})
+        self.reset()
+
+    def reset(self) -> None:
+        """Make the guest as it was when it was made."""
+        for start, content in self._pristine:
+            self.memory.write(start, content)
+        self.tables.next_free = self._pristine_tables
+        self.cr0, self.cr4, self.efer = layout.DEFAULT_CR0, layout.DEFAULT_CR4, layout.DEFAULT_EFER
+        self.sregs: dict[str, object] = {}
+        self.msrs: dict[int, int] = {}
+
+    # ------------------------------------------------------------------------------------------------ running
+
+    def execute(
+        self,
+        source: str,
+        *,
+        cpl: int = 0,
+        bits: int = 64,
+        at: int | None = None,
+        rflags: int = 0,
+        handlers: Mapping[int, str] | None = None,
+        **registers: int,
+    ) -> Outcome:
+        """Run the program *source* and say what became of it; :meth:`start` and :meth:`run` in one."""
+        self.start(source, cpl=cpl, bits=bits, at=at, rflags=rflags, handlers=handlers, **registers)
+        return self.run()
+
+    def start(
+        self,
+        source: str,
+        *,
+        cpl: int = 0,
+        bits: int = 64,
+        at: int | None = None,
+        rflags: int = 0,
+        handlers: Mapping[int, str] | None = None,
+        **registers: int,
+    ) -> Assembled:
+        """Place the program *source*, followed by ``INT 80H``, and make the vCPU ready to run it.
+
+        *cpl* is the privilege level, *bits* 64 or 32 (compatibility mode), *at* the linear address when it is not the
+        usual one of that level. *rflags* are added to the fixed ones, *registers* set by name; *handlers* lets labels of
+        the program be the handlers of vectors, on the IST stack.
+        """
+        if at is None:
+            at = layout.USER_CODE if cpl == 3 or bits == 32 else layout.KERNEL_CODE
+        program = assemble(f"{source}\nint {DONE_VECTOR:#x}", at, bits)
+        self.place(program)
+        for vector, label in (handlers or {}).items():
+            layout.set_gate(self.memory, vector, program.labels[label], ist=layout.IST)
+        self.vcpu.reset()
+        self.vcpu.set_sregs(self._sregs(cpl, bits))
+        for index, value in self.msrs.items():
+            self.vcpu.set_msr(index, value)
+        stack = layout.USER_STACK_TOP if cpl == 3 or bits == 32 else layout.KERNEL_STACK_TOP
+        self.vcpu.set_regs(Regs(**{"rip": at, "rsp": stack, "rflags": rflags | RFLAGS_FIXED} | registers))
+        self._program = program
+        return program
+
+    def run(self) -> Outcome:
+        """Run the vCPU until something has become of the program."""
+        for _ in range(_MAX_RUNS):
+            reason = self.vcpu.run()
+            if not isinstance(reason, IntrExit):
+                break
+        return self._outcome(reason)
+
+    def _sregs(self, cpl: int, bits: int) -> Sregs:
+        sregs = layout.initial_sregs(self._power_on, cpl, bits, self.tables.root)
+        sregs.cr0, sregs.cr2, sregs.cr4, sregs.efer = self.cr0, CR2_UNTOUCHED, self.cr4, self.efer
+        return replace(sregs, **self.sregs)  # type: ignore[arg-type]
+
+    def _outcome(self, reason: Exit) -> Outcome:
+        regs, sregs = self.vcpu.get_regs(), self.vcpu.get_sregs()
+        vector = error_code = None
+        frame = (regs.rip, sregs.cs.selector, regs.rflags, regs.rsp, sregs.ss.selector)
+        offset = regs.rip - len(_HLT) - layout.HANDLERS
+        in_handler = offset % layout.HANDLER_BYTES == 0 and 0 <= offset < layout.VECTORS * layout.HANDLER_BYTES
+        if isinstance(reason, HltExit) and in_handler:
+            vector = offset // layout.HANDLER_BYTES
+            words = self.stack(regs.rsp, (layout.IST_STACK_TOP - regs.rsp) // _WORD_BYTES)
+            if len(words) > _FRAME_WORDS:
+                error_code, *words = words
+            if len(words) == _FRAME_WORDS:
+                frame = (words[0], words[1], words[2], words[3], words[4])
+        return Outcome(reason, vector, error_code, *frame, cr2=sregs.cr2, registers=regs, program=self._program)
+
+    # ------------------------------------------------------------------------------------------------- memory
+
+    def place(self, program: Assembled) -> None:
+        """Write *program* into memory, through the page tables."""
+        for offset in range(0, len(program.code), layout.PAGE_SIZE):
+            self.write(program.address + offset, program.code[offset : offset + layout.PAGE_SIZE])
+
+    def write(self, gva: int, data: bytes) -> None:
+        """Write *data* at linear *gva* on behalf of the VMM: protection does not matter, the mapping must exist."""
+        while data:
+            length = min(len(data), layout.PAGE_SIZE - gva % layout.PAGE_SIZE)
+            self.memory.write(self.gpa(gva), data[:length])
+            gva, data = gva + length, data[length:]
+
+    def read(self, gva: int, size: int = _WORD_BYTES) -> int:
+        """The little-endian value of *size* bytes at linear *gva*, which must not cross a page."""
+        return self.memory.load(self.gpa(gva), size)
+
+    def gpa(self, gva: int) -> int:
+        """The guest-physical address that *gva* is mapped to."""
+        return self.tables.frame(gva) + gva % layout.PAGE_SIZE
+
+    def stack(self, rsp: int, words: int) -> list[int]:
+        """The *words* 64-bit words at linear *rsp*, lowest first."""
+        return [self.read(rsp + _WORD_BYTES * number) for number in range(words)]
+
+    def accessed_and_dirty(self, gva: int) -> tuple[bool, bool]:
+        """The accessed and dirty bits of the page at *gva*."""
+        entry = self.tables.entry(gva)
+        return bool(entry & PTE_A), bool(entry & PTE_D)
