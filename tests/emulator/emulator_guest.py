@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import mmap
 
+import pytest
+
 from lasskvm.emulator.context import Emulation
+from lasskvm.emulator.decode import fetch_instruction
+from lasskvm.emulator.delivery import EXCEPTION, deliver64
+from lasskvm.emulator.faults import GuestFault
 from lasskvm.emulator.msrs import MsrFile
+from lasskvm.emulator.system import execute
 from lasskvm.memory import PAGE_SIZE, GuestMemory
 from lasskvm.state import (
     CPL,
@@ -89,6 +95,9 @@ USER_CS32, USER_SS, USER_CS64 = 0x1B, 0x23, 0x2B
 TSS_SELECTOR, LDT_SELECTOR = 0x30, 0x40
 CONFORMING_CS, ABSENT_CS, KERNEL_CS32, RING1_CS, RING1_SS = 0x50, 0x58, 0x60, 0x69, 0x71
 LDT_CS = 0x0C
+
+#: What event delivery returns when nothing went wrong.
+DELIVERED = (0, 0, 0)
 
 DPL3 = 3 << AR_DPL_SHIFT
 DPL1 = 1 << AR_DPL_SHIFT
@@ -223,6 +232,33 @@ class Guest:
     def write_code(self, code: bytes) -> None:
         """Place *code* at RIP."""
         self.memory.write(self.words[RIP] & MAPPED - 1, code)
+
+    def run(self, code: str) -> None:
+        """Execute the instruction *code* (hexadecimal) at RIP; a fault is raised."""
+        self.write_code(bytes.fromhex(code))
+        execute(self.ctx, fetch_instruction(self.ctx))
+
+    def fault_of(self, code: str) -> tuple[int, int | None]:
+        """The vector and error code that *code* faults with; the state must be as before."""
+        self.write_code(bytes.fromhex(code))
+        before = self.snapshot()
+        with pytest.raises(GuestFault) as caught:
+            execute(self.ctx, fetch_instruction(self.ctx))
+        assert self.snapshot() == before, "a faulting instruction changed the state"
+        return caught.value.vector, caught.value.error_code
+
+    def deliver64(
+        self, vector: int, kind: int = EXCEPTION, error_code: int | None = None
+    ) -> tuple[int, int, int]:
+        """Deliver an event through the 64-bit IDT; where that fails, the state must be as before."""
+        before = self.snapshot()
+        has_error_code = int(error_code is not None)
+        result = deliver64(
+            self.words, self.memory, vector, error_code or 0, has_error_code, kind, self.words[RIP]
+        )
+        if result != DELIVERED:
+            assert self.snapshot() == before, "a failed delivery changed the state"
+        return result
 
     def snapshot(self) -> bytes:
         """All state words."""

@@ -19,7 +19,7 @@ from lasskvm.x86.descriptors import (
     make_gate,
     make_segment,
 )
-from lasskvm.x86.paging import PTE_P, PTE_U, PTE_W, PTE_XD
+from lasskvm.x86.paging import PTE_A, PTE_D, PTE_P, PTE_U, PTE_W
 from lasskvm.x86.registers import (
     AR_CODE32,
     AR_CODE64,
@@ -50,7 +50,7 @@ from lasskvm.x86.registers import (
     MASK32,
 )
 
-__all__ = ["PageTables", "initial_sregs", "set_descriptor", "set_gate", "write_tables"]
+__all__ = ["PageTables", "code_selectors", "initial_sregs", "set_descriptor", "set_gate", "write_tables"]
 
 MEMORY_BYTES = 4 << 20
 #: Linear address of guest-physical 0 in the kernel's half.
@@ -143,6 +143,10 @@ class PageTables:
         for page in range(pages):
             self.set_entry(gva + page * PAGE_SIZE, gpa + page * PAGE_SIZE | _PRESENT | flags)
 
+    def clear_accessed_and_dirty(self, gva: int) -> None:
+        """Clear both bits in the last-level entry for *gva*."""
+        self.set_entry(gva, self.entry(gva) & ~(PTE_A | PTE_D))
+
     def unmap(self, gva: int) -> None:
         """Make the page at *gva* absent."""
         self.set_entry(gva, 0)
@@ -183,6 +187,11 @@ class PageTables:
             self.map(gva, gpa, flags, pages=2)
         for gva in (LOW_ABSENT, HIGH_ABSENT):
             self.unmap(gva)
+
+
+def code_selectors(bits: int, cpl: int) -> tuple[int, int]:
+    """The code and stack selectors of *bits*-bit code (64, or 32) at *cpl*."""
+    return _CODE_SEGMENTS[bits, cpl]
 
 
 def write_tables(memory: GuestMemory) -> None:

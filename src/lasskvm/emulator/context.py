@@ -23,9 +23,9 @@ class Emulation:
     """The context that every handler gets; KVM's ``struct x86_emulate_ctxt``, without the instruction.
 
     ``read_tsc`` gives the host side of the time-stamp counter; what the guest reads is that plus the offset
-    that the MSR file keeps. ``halted`` is set by HLT and cleared by whoever delivers an event. ``translate`` is
-    :func:`lasskvm.emulator.mmu.translate`; direct execution puts a compiled form there, because it makes the
-    instruction fetch of every exit several times faster.
+    that the MSR file keeps. ``halted`` is set by HLT and cleared by whoever delivers an event.
+    ``translate`` is :func:`lasskvm.emulator.mmu.translate`; direct execution puts a compiled form there,
+    because it makes the instruction fetch of every exit several times faster.
     """
 
     words: Words

@@ -1,0 +1,89 @@
+"""``lasskvm images``: pulling guest kernels and listing them."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lasskvm import images as guest_images
+from lasskvm.cli.reporting import nearest, reports_errors
+from lasskvm.errors import ImageError
+from lasskvm.images import Image, ImageCache
+
+__all__ = ["LIST_EXAMPLE", "PULL_EXAMPLE", "list_images", "pull"]
+
+PULL_EXAMPLE = """[bold]Example:[/] Debian's newest cloud kernel, from the mirror this host uses
+
+lasskvm images pull debian"""
+LIST_EXAMPLE = """[bold]Example:[/] where is the kernel that `lasskvm run debian` boots?
+
+lasskvm images list --format json"""
+
+_DEFAULT_SUITE = "sid"
+
+
+class Format(StrEnum):
+    """How to print the list."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+@reports_errors
+def pull(
+    name: Annotated[str, typer.Argument(help="The image: debian.")],
+    suite: Annotated[str, typer.Option(help="The release to take it from.")] = _DEFAULT_SUITE,
+) -> None:
+    """Get a current kernel and a static busybox, with signatures checked, into the cache."""
+    if name not in guest_images.IMAGE_NAMES:
+        raise ImageError(f'there is no image "{name}" to pull; {nearest(name, guest_images.IMAGE_NAMES)}')
+    console = Console(stderr=True, highlight=False)
+    with console.status("starting") as status:
+
+        def progress(line: str) -> None:
+            console.print(line, markup=False)
+            status.update(line)
+
+        image = guest_images.pull_debian(suite=suite, progress=progress)
+    console.print(f"{image.name} {image.version}: {image.kernel}", markup=False, soft_wrap=True)
+
+
+@reports_errors
+def list_images(
+    output_format: Annotated[Format, typer.Option("--format", help="How to print the list.")] = Format.TABLE,
+) -> None:
+    """List the images in the cache; `lasskvm run NAME` takes the last one of a name."""
+    images = ImageCache().images()
+    if output_format is Format.JSON:
+        typer.echo(json.dumps([_as_json(image) for image in images], indent=2))
+        return
+    if not images:
+        names = ", ".join(guest_images.IMAGE_NAMES)
+        typer.echo(f"No image has been pulled yet; `lasskvm images pull NAME` gets one of: {names}", err=True)
+        return
+    table = Table("name", "kernel", "suite", "pulled")
+    for image in images:
+        manifest = image.manifest
+        table.add_row(
+            image.name, image.version, manifest.suite if manifest else "", manifest.date if manifest else ""
+        )
+    Console(highlight=False).print(table)
+
+
+def _as_json(image: Image) -> dict[str, object]:
+    manifest = image.manifest
+    return {
+        "name": image.name,
+        "version": image.version,
+        "kernel": str(image.kernel),
+        "busybox": None if image.busybox is None else str(image.busybox),
+        "suite": manifest.suite if manifest else None,
+        "date": manifest.date if manifest else None,
+        "packages": manifest.packages if manifest else {},
+        "sha256": manifest.sha256 if manifest else {},
+    }

@@ -1,0 +1,229 @@
+"""``lasskvm run``: boot a kernel, with a shell, a program or an initrd of one's own."""
+
+from __future__ import annotations
+
+import os
+import stat
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lasskvm.cli.cpu import LIST, print_models
+from lasskvm.cli.reporting import STATUS_FAILED, reports_errors, say
+from lasskvm.errors import ImageError
+from lasskvm.x86.cpuid import CpuModel, parse_cpu
+
+if TYPE_CHECKING:
+    from lasskvm.images import Image
+    from lasskvm.machine.pc import Ending, Pc
+
+# The machine is imported by the functions that need it: it brings the engine along, and --help should not wait for it.
+
+__all__ = ["EXAMPLE", "LINUX_COMMAND_LINE", "run"]
+
+EXAMPLE = """[bold]Examples:[/] a shell; a program, whose exit status is that of the command; a kernel of one's own
+
+lasskvm run debian
+
+lasskvm run debian -- ./lass_test --verbose
+
+lasskvm run arch/x86/boot/bzImage --initrd initramfs.cpio --append mitigations=off"""
+
+#: What Linux is told unless --cmdline says otherwise: the console, and what this machine does not have.
+LINUX_COMMAND_LINE = (
+    "console=ttyS0 earlyprintk=serial,ttyS0,115200 noapic nolapic acpi=off pci=off nosmp tsc=reliable "
+    "no_timer_check nohz=off highres=off panic=-1 reboot=k i8042.noaux i8042.nokbd 8250.nr_uarts=1 rdinit=/init"
+)
+_QUIET = "quiet"
+
+_MIB = 1 << 20
+_DEFAULT_MEMORY = 256
+_EXECUTABLE_BITS = 0o111
+_STATUS_BITS = 0xFF
+
+
+class ClockChoice(StrEnum):
+    """Which time the guest sees."""
+
+    VIRTUAL = "virtual"
+    HOST = "host"
+
+
+def _list_cpus(cpu: str) -> str:
+    if cpu == LIST:
+        print_models()
+        raise typer.Exit
+    return cpu
+
+
+_ImageArgument = Annotated[
+    str, typer.Argument(help="A kernel file (bzImage, vmlinux, ELF), or a pulled image: debian.")
+]
+_Program = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[-- PROGRAM ARGS]...", help="A static program to run as the guest's only one."),
+]
+_Memory = Annotated[int, typer.Option(help="Guest memory in MiB.", metavar="MIB")]
+_Cpu = Annotated[
+    str,
+    typer.Option(
+        help=f'CPU model and features, such as "max,-lass"; "{LIST}" prints them.',
+        callback=_list_cpus,
+        is_eager=True,
+        metavar="MODEL[,±FEATURE]...",
+    ),
+]
+_Append = Annotated[str, typer.Option(help="Words to add to the default command line of the kernel.", metavar="TEXT")]
+_Cmdline = Annotated[
+    str | None, typer.Option(help="The command line of the kernel, instead of the default one.", metavar="TEXT")
+]
+_Initrd = Annotated[Path | None, typer.Option(help="An initrd or initramfs for the kernel.", metavar="FILE")]
+_Timeout = Annotated[
+    float | None,
+    typer.Option(help="End the run after so many seconds, with status 124.", min=0, metavar="SECONDS"),
+]
+_Clock = Annotated[
+    ClockChoice | None,
+    typer.Option(
+        help="The guest's time: deterministic, skipping idle time; or the host's.",
+        show_default="virtual, but host when a person types to the guest",
+    ),
+]
+_Stats = Annotated[bool, typer.Option("--stats", help="Print counters on standard error at the end.")]
+_Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help='No messages but errors; "quiet" for the kernel, too.')
+]
+
+
+@reports_errors
+def run(
+    image: _ImageArgument,
+    program: _Program = None,
+    memory: _Memory = _DEFAULT_MEMORY,
+    cpu: _Cpu = "max",
+    append: _Append = "",
+    cmdline: _Cmdline = None,
+    initrd: _Initrd = None,
+    timeout: _Timeout = None,
+    clock: _Clock = None,
+    stats: _Stats = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Boot a kernel with LASS.
+
+    The guest's console is on standard output and input. The exit status is that of PROGRAM or of the shell; of a
+    bare-metal guest, (value << 1) | 1 for the value it writes to port 0xf4; 0 when the guest powers off or restarts, 1
+    when it crashes, 124 at the time limit, 130 after Ctrl-C, 2 for errors of yours.
+    """
+    if program and initrd is not None:
+        raise typer.BadParameter("an initrd and a program exclude each other: the program gets an initramfs of its own")
+    if append and cmdline is not None:
+        raise typer.BadParameter("--cmdline replaces what --append would add to; give one of them")
+    from lasskvm import images, kvm
+    from lasskvm.machine.console import HINT, Console, is_terminal, standard_input
+    from lasskvm.machine.pc import Pc
+
+    model = parse_cpu(cpu)
+    kernel = images.resolve(image)
+    ramdisk = _initramfs(kernel, program) if initrd is None else initrd
+    keyboard = standard_input()
+    interactive = not program and is_terminal(keyboard)
+    host_clock = clock is ClockChoice.HOST or (clock is None and interactive)
+    console = Console(input_descriptor=keyboard, output_descriptor=_STANDARD_OUTPUT, raw=interactive)
+    pc = Pc(
+        memory * _MIB,
+        model,
+        output=console.write,
+        idle=console.idle,
+        clock=kvm.HostClock() if host_clock else None,
+    )
+    console.connect(pc.uart, pc.vm.clock.now, pc.stop)
+    _load(pc, kernel, ramdisk, _command_line(append, cmdline, quiet))
+    kvm.prepare(_no_progress if quiet else say)
+    if console.is_raw and not quiet:
+        say(HINT)
+    with console:
+        ending = pc.run(timeout)
+    if stats:
+        _print_statistics(pc)
+    raise typer.Exit(_status(ending, bool(program)))
+
+
+_STANDARD_OUTPUT = 1
+
+
+def _no_progress(line: str) -> None:
+    del line
+
+
+def _command_line(append: str, cmdline: str | None, quiet: bool) -> str:
+    if cmdline is not None:
+        return cmdline
+    return " ".join(filter(None, (LINUX_COMMAND_LINE, _QUIET if quiet else "", append)))
+
+
+def _load(pc: Pc, kernel: Image, initrd: Path | bytes | None, command_line: str) -> None:
+    from lasskvm.machine.boot import load_image
+
+    pc.enter(load_image(kernel.kernel, pc.vm.memory, command_line=command_line, initrd=initrd).entry)
+
+
+def _initramfs(kernel: Image, program: list[str] | None) -> bytes | None:
+    """What the guest boots into: *program*, or for a pulled image a shell, or nothing."""
+    from lasskvm import images
+
+    if program:
+        path = Path(program[0])
+        _check_executable(path)
+        return images.program_initramfs(_busybox(kernel), path, program[1:])
+    if kernel.busybox is None:
+        return None
+    return images.shell_initramfs(_busybox(kernel))
+
+
+def _busybox(kernel: Image) -> bytes:
+    """The busybox that belongs to *kernel*, or for a kernel file that of the pulled image."""
+    from lasskvm import images
+
+    path = kernel.busybox
+    if path is None:
+        try:
+            path = images.resolve(images.IMAGE_NAMES[0]).busybox
+        except ImageError as error:
+            raise ImageError(
+                f"running a program takes a busybox, and none is there; run `lasskvm images pull {images.IMAGE_NAMES[0]}`"
+            ) from error
+    assert path is not None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read ({error.strerror}); pull the image again") from error
+
+
+def _check_executable(program: Path) -> None:
+    """Refuse a file that the host would not execute either; what else is wrong with it is found where it is read."""
+    try:
+        mode = program.stat().st_mode
+    except OSError:
+        return
+    if stat.S_ISREG(mode) and not mode & _EXECUTABLE_BITS:
+        raise ImageError(f"program {program} is not executable; run `chmod +x {program}` if it should be")
+
+
+def _status(ending: Ending, has_program: bool) -> int:
+    """The exit status for *ending*, after saying what a person cannot see in the guest's own output."""
+    from lasskvm.machine.pc import End
+
+    if ending.end in (End.TRIPLE_FAULT, End.INTERNAL_ERROR, End.TIMEOUT):
+        say(f"{ending.end.value} ({ending.detail})")
+    elif has_program and ending.end in (End.RESET, End.HALTED):
+        say(f"{ending.end.value} before the program had ended")
+        return STATUS_FAILED
+    return ending.status & _STATUS_BITS
+
+
+def _print_statistics(pc: Pc) -> None:
+    for name, value in pc.statistics().items():
+        say(f"{name.replace('_', ' ')}: {value}")
