@@ -31,7 +31,7 @@ ABSENT = (LOW_ABSENT, HIGH_ABSENT)
 USER_PAGES = (LOW_USER, HIGH_USER)
 
 # What lies in the pages that are accessed: offsets of an IRETQ frame and of two pseudo-descriptors
-FRAME, POPPED_FLAGS, SELECTOR, GDT_POINTER, IDT_POINTER = 0x100, 0x110, 0x120, 0x140, 0x150
+FRAME, POPPED_FLAGS, SELECTOR, GDT_POINTER, IDT_POINTER, ZEROS = 0x100, 0x110, 0x120, 0x140, 0x150, 0x200
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Access:
 
     @property
     def program(self) -> str:
-        return f"jmp start; landing: int {layout.DONE_VECTOR:#x}; start: fault: {self.source}"
+        *before, last = self.source.split("; ")
+        setup = "".join(f"{statement}; " for statement in before)
+        return f"jmp setup; landing: int {layout.DONE_VECTOR:#x}; setup: {setup}nop; fault: {last}"
 
 
 def push(name: str, source: str, **options: bool) -> Access:
@@ -71,15 +73,15 @@ ACCESSES = (
     Access("read_of_1_byte", "mov al, [rbx]"),
     Access("sse_read", "movups xmm0, [rbx]"),
     Access("x87_read", "fld qword [rbx]"),
-    Access("ldmxcsr", "ldmxcsr [rbx + 0x80]"),
-    Access("fxrstor", "fxrstor [rbx + 0x100]"),
+    Access("ldmxcsr", "ldmxcsr [rbx + 0x80]", bias=-0x80, offset=ZEROS),
+    Access("fxrstor", "fxrstor [rbx + 0x100]", bias=-0x100, offset=ZEROS),
     Access("lodsq", "lodsq", at="rsi"),
     Access("cmpsb_first_operand", "cmpsb", at="rsi"),
     Access("cmpsb_second_operand", "cmpsb", at="rdi"),
     Access("scasb", "scasb", at="rdi"),
     Access("movsb_source", "movsb", at="rsi"),
     Access("rep_movsb_source", "mov ecx, 4; rep movsb", at="rsi"),
-    Access("xlatb", "xor eax, eax; xlatb"),
+    Access("xlatb", "xor eax, eax; db 0xd7"),
     Access("clflush", "clflush [rbx]"),
     Access("verr", "verr word [rbx]", offset=SELECTOR),
     Access("load_of_fs", "mov fs, [rbx]", offset=SELECTOR),
@@ -129,6 +131,7 @@ ACCESSES = (
     push("enter", "enter 0, 0"),
     push("call", "call landing"),
     push("indirect_call", "call r9"),
+    push("far_call", "call tbyte [r10]"),
     pop("pop", "pop rax"),
     pop("popfq", "popfq", POPPED_FLAGS),
     pop("ret", "ret"),
@@ -178,15 +181,18 @@ def check(guest: Guest, access: Access, page: int, cpl: int, lass: bool, smap: b
     guest.cr4 = layout.DEFAULT_CR4 & ~(CR4_LASS | CR4_SMAP) | CR4_LASS * lass | CR4_SMAP * smap
     target = page + access.offset
     harmless = USER_STACK + 0x400 if cpl == 3 else UPPER + 0x60000
-    registers = {"rsi": harmless, "rdi": harmless, "rbp": harmless, "rbx": harmless}
+    registers = dict.fromkeys(("rsi", "rdi", "rbp", "rbx", "rsp"), harmless)
     registers[access.at] = target + access.bias
     landing = (layout.USER_CODE if cpl == 3 else layout.KERNEL_CODE) + LANDING_OFFSET
     if page not in ABSENT:
-        guest.tables.clear_accessed_and_dirty(page)
         fill_page(guest, page, cpl, landing)
+        guest.tables.clear_accessed_and_dirty(page)
+    far_pointer = landing.to_bytes(8, "little") + layout.code_selectors(64, cpl)[0].to_bytes(2, "little")
+    guest.write(harmless + 0x80, far_pointer)
     outcome = guest.execute(
-        access.program, cpl=cpl, rflags=RFLAGS_AC * ac, r9=landing, rcx=0x10, **registers
-    )
+        access.program,
+        cpl=cpl, rflags=RFLAGS_AC * ac, r9=landing, r10=harmless + 0x80, rcx=0x10, **registers,
+    )  # fmt: skip
     want = expected(access, page, cpl, lass, smap, ac)
     got = Expected(outcome.vector if outcome.vector is not None else -1, outcome.error_code)
     circumstances = f"{access.name} at {target:#x}, CPL {cpl}, LASS {lass}, SMAP {smap}, AC {ac}: {outcome}"

@@ -30,4 +30,5 @@ def _rows() -> Iterator[tuple[str, frozenset[str]]]:
     for model in list_models():
         yield model.name, model.features
         yield "  on request, +NAME", SUPPORTED - model.features
-    yield "not virtualized", FEATURES.keys() - SUPPORTED
+    places = {FEATURES[name] for name in SUPPORTED}
+    yield "not virtualized", frozenset(name for name, place in FEATURES.items() if place not in places)

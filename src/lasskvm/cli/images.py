@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from lasskvm import images as guest_images
 from lasskvm.cli.reporting import nearest, reports_errors
 from lasskvm.errors import ImageError
-from lasskvm.images import Image, ImageCache
+
+if TYPE_CHECKING:
+    from lasskvm.images import Image
+
+# lasskvm.images is imported by the commands: it brings the loaders along, and --help should not wait for them.
 
 __all__ = ["LIST_EXAMPLE", "PULL_EXAMPLE", "list_images", "pull"]
 
@@ -40,8 +43,10 @@ def pull(
     suite: Annotated[str, typer.Option(help="The release to take it from.")] = _DEFAULT_SUITE,
 ) -> None:
     """Get a current kernel and a static busybox, with signatures checked, into the cache."""
-    if name not in guest_images.IMAGE_NAMES:
-        raise ImageError(f'there is no image "{name}" to pull; {nearest(name, guest_images.IMAGE_NAMES)}')
+    from lasskvm.images import IMAGE_NAMES, pull_debian
+
+    if name not in IMAGE_NAMES:
+        raise ImageError(f'there is no image "{name}" to pull; {nearest(name, IMAGE_NAMES)}')
     console = Console(stderr=True, highlight=False)
     with console.status("starting") as status:
 
@@ -49,7 +54,7 @@ def pull(
             console.print(line, markup=False)
             status.update(line)
 
-        image = guest_images.pull_debian(suite=suite, progress=progress)
+        image = pull_debian(suite=suite, progress=progress)
     console.print(f"{image.name} {image.version}: {image.kernel}", markup=False, soft_wrap=True)
 
 
@@ -58,12 +63,14 @@ def list_images(
     output_format: Annotated[Format, typer.Option("--format", help="How to print the list.")] = Format.TABLE,
 ) -> None:
     """List the images in the cache; `lasskvm run NAME` takes the last one of a name."""
+    from lasskvm.images import IMAGE_NAMES, ImageCache
+
     images = ImageCache().images()
     if output_format is Format.JSON:
         typer.echo(json.dumps([_as_json(image) for image in images], indent=2))
         return
     if not images:
-        names = ", ".join(guest_images.IMAGE_NAMES)
+        names = ", ".join(IMAGE_NAMES)
         typer.echo(f"No image has been pulled yet; `lasskvm images pull NAME` gets one of: {names}", err=True)
         return
     table = Table("name", "kernel", "suite", "pulled")

@@ -58,7 +58,7 @@ _SHORT_BRANCHES = frozenset((OpCodeOperandKind.BR16_1, OpCodeOperandKind.BR32_1,
 _BRANCHES = _SHORT_BRANCHES | {OpCodeOperandKind.BR16_2, OpCodeOperandKind.BR32_4, OpCodeOperandKind.BR64_4}
 _FAR_BRANCHES = frozenset((OpCodeOperandKind.FARBR2_2, OpCodeOperandKind.FARBR4_2))
 _KIND_NAMES = {getattr(OpCodeOperandKind, name): name for name in dir(OpCodeOperandKind) if name.isupper()}
-_LABEL = re.compile(r"^\s*(\w+)\s*:")
+_LABEL = re.compile(r"\s*(\w+)\s*:")
 _ADDRESS_BYTES = {16: 2, 32: 4, 64: 8}
 
 
@@ -79,18 +79,25 @@ class Assembled:
 @lru_cache(maxsize=4096)
 def assemble(source: str, address: int, bits: int = 64) -> Assembled:
     """Assemble *source* for 16-, 32- or 64-bit mode (*bits*) to run at linear *address*."""
-    statements = [
-        part.strip()
-        for line in source.splitlines()
-        for text in line.split("#")[0].split(";")
-        for part in _LABEL.sub(r"\1:\n", text).split("\n")
-    ]
+    statements = _statements(source)
     labels: dict[str, int] = {}
     # Where the labels will be is unknown at first; a name that stands near them has an encoding of the same length.
-    draft = {text[:-1].strip(): address for text in statements if text.endswith(":")}
+    draft = {text[:-1]: address for text in statements if text.endswith(":")}
     _encode_all(statements, address, bits, draft, labels)
     code = _encode_all(statements, address, bits, labels, dict(labels))
     return Assembled(address, code, labels)
+
+
+def _statements(source: str) -> list[str]:
+    """The statements of a program; a label is one of its own, with its colon."""
+    found = []
+    for line in source.splitlines():
+        for text in line.partition("#")[0].split(";"):
+            while label := _LABEL.match(text):
+                found.append(f"{label[1]}:")
+                text = text[label.end() :]
+            found.append(text.strip())
+    return found
 
 
 def _encode_all(
@@ -101,7 +108,7 @@ def _encode_all(
     for text in statements:
         here = address + len(code)
         if text.endswith(":"):
-            label = text[:-1].strip()
+            label = text[:-1]
             if found.setdefault(label, here) != here:
                 raise ValueError(f'the label "{label}" moves or is given twice')
         elif text:

@@ -20,6 +20,7 @@ from iced_x86 import (
     Instruction,
     InstructionInfoFactory,
     MemorySizeInfo,
+    Mnemonic,
     OpAccess,
     OpKind,
     Register,
@@ -69,6 +70,8 @@ _ADDRESS_MASKS = {CodeSize.CODE16: _MASK16, CodeSize.CODE32: MASK32, CodeSize.CO
 _STACK_REGISTERS = frozenset(
     (Register.RSP, Register.ESP, Register.SP, Register.RBP, Register.EBP, Register.BP)
 )
+#: With a register as bit offset they access memory up to 2**60 bytes away from their operand's address.
+_BIT_STRING_INSTRUCTIONS = frozenset((Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemonic.BTC))
 _RIP_REGISTERS = frozenset((Register.RIP, Register.EIP))
 _READS = frozenset((OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE))
 _WRITES = frozenset((OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE))
@@ -218,13 +221,17 @@ def is_read_modify_write(words: Words, decoded: Decoded, address: int) -> bool:
 
 
 def _access_at(words: Words, decoded: Decoded, address: int) -> MemoryOperand | None:
-    """The access that covers *address*; else the first one, for those whose extent depends on the state."""
+    """The access that covers *address*; else the first one whose extent depends on the state.
+
+    None for an access that the instruction does not make itself: reading a descriptor, say.
+    """
     for operand in decoded.accesses:
         offset = effective_address(words, operand)
         start = linear_address(words, operand.segment, offset)
         if (address - start) & MASK64 < max(operand.size, 1):
             return operand
-    return decoded.accesses[0] if decoded.accesses else None
+    reaches_anywhere = decoded.instruction.mnemonic in _BIT_STRING_INSTRUCTIONS
+    return next((operand for operand in decoded.accesses if reaches_anywhere or not operand.size), None)
 
 
 def _explicit_operand(instruction: Instruction, bits: int) -> MemoryOperand:

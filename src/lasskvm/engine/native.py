@@ -14,15 +14,15 @@ are tested, both ways.
 from __future__ import annotations
 
 import ast
+import copy
 import ctypes
 import hashlib
 import inspect
 import os
 import shutil
 import sys
-import textwrap
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -59,7 +59,9 @@ def substitute(function: Callable[..., Any], native: Callable[..., Any]) -> None
 def compiled(function: Callable[..., Any]) -> Any:
     """*function*, a plain function of the compiled subset, as a Numba dispatcher over ``uint64``."""
     if function not in _compiled:
-        _compiled[function] = numba.njit(_rewritten(function), cache=True, nogil=True, error_model="numpy")
+        _compiled[function] = numba.njit(
+            _rewritten(function, with_callees=True), cache=True, nogil=True, error_model="numpy"
+        )
     return _compiled[function]
 
 
@@ -73,8 +75,16 @@ class Callback:
     @cached_property
     def address(self) -> int:
         """The address of the C function."""
-        self._native = numba.cfunc(self._signature, cache=True, error_model="numpy")(_rewritten(self.function))
+        self._native = self._load_or_compile()
         return int(self._native.address)
+
+    def _load_or_compile(self) -> Any:
+        compiler = numba.cfunc(self._signature, cache=True, error_model="numpy")
+        try:
+            # Machine code in the cache needs no callees, and preparing them for the compiler takes longer than loading.
+            return compiler(_rewritten(self.function, with_callees=False))
+        except numba.core.errors.TypingError:
+            return compiler(_rewritten(self.function, with_callees=True))
 
 
 def callback(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Callback]:
@@ -118,22 +128,28 @@ def _counted(operand: ast.expr) -> ast.expr:
     return operand
 
 
-def _rewritten(function: Callable[..., Any]) -> FunctionType:
+def _rewritten(function: Callable[..., Any], *, with_callees: bool) -> FunctionType:
+    """*function* over ``uint64``; without callees it can be looked up in Numba's cache, but not compiled."""
     assert isinstance(function, FunctionType)
-    source = textwrap.dedent(inspect.getsource(function))
-    tree = ast.parse(source)
-    definition = tree.body[0]
-    assert isinstance(definition, ast.FunctionDef)
-    ast.increment_lineno(tree, function.__code__.co_firstlineno - 1)
+    definition = _definitions(function.__code__.co_filename)[function.__name__]
+    tree = ast.Module([copy.deepcopy(definition)], [])
     tree = ast.fix_missing_locations(_Unsigned().visit(tree))
     namespace: dict[str, Any] = {"__name__": function.__module__, "_uint64": np.uint64}
-    for name in _names(function.__code__):
-        if name in function.__globals__:
-            namespace[name] = _native_global(function.__globals__[name])
+    if with_callees:
+        for name in _names(function.__code__):
+            if name in function.__globals__:
+                namespace[name] = _native_global(function.__globals__[name])
     exec(compile(tree, function.__code__.co_filename, "exec"), namespace)
     rewritten = namespace[function.__name__]
     rewritten.__qualname__ = function.__qualname__
     return rewritten  # type: ignore[no-any-return]
+
+
+@cache
+def _definitions(path: str) -> dict[str, ast.FunctionDef]:
+    """The top-level functions in a source file."""
+    body = ast.parse(Path(path).read_bytes()).body
+    return {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
 
 
 def _names(code: Any) -> set[str]:

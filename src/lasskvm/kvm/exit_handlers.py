@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lasskvm.emulator.branches import undo_near_branch
+from lasskvm.emulator.completion import next_rip
 from lasskvm.emulator.decode import fetch_instruction, is_read_modify_write, is_stack_access
 from lasskvm.emulator.events import Event, deliver_event
 from lasskvm.emulator.faults import GuestFault, Unhandleable
@@ -93,11 +94,10 @@ def _first_straddling(vcpu: Vcpu, start: int) -> int:
     try:
         while linear // PAGE_SIZE == start // PAGE_SIZE:
             decoded = fetch_instruction(vcpu.emulation)
-            end = next_linear(words, linear, decoded.length)
-            if (end - 1) // PAGE_SIZE != start // PAGE_SIZE:
+            if next_linear(words, linear, decoded.length - 1) // PAGE_SIZE != start // PAGE_SIZE:
                 break
-            words[RIP] += decoded.length
-            linear = end
+            words[RIP] = next_rip(words, decoded)
+            linear = next_linear(words, linear, decoded.length)
     except GuestFault:
         # The instruction that reaches into the missing page, or one that is no instruction.
         return linear

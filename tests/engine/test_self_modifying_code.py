@@ -1,0 +1,184 @@
+"""Code that changes: the next execution of a changed instruction executes what memory holds."""
+
+from __future__ import annotations
+
+import pytest
+
+from lasskvm.conformance import layout
+from lasskvm.conformance.assembler import assemble
+from lasskvm.conformance.guest import Guest
+from lasskvm.conformance.layout import HIGH_SUPERVISOR, KERNEL_CODE, LOW_USER, UPPER
+from lasskvm.kvm import HltExit
+from lasskvm.memory import PAGE_SIZE
+from lasskvm.x86.exceptions import UD
+from lasskvm.x86.paging import PTE_P, PTE_U
+
+#: MOV EAX, imm32; RET: the immediate is at offset 1.
+RETURN_1 = assemble("mov eax, 1; ret", 0).code
+ALIAS = LOW_USER + 0x10000
+READ_ONLY = PTE_P | PTE_U
+
+
+def test_function_rewritten_between_two_calls(guest: Guest) -> None:
+    guest.write(LOW_USER, RETURN_1)
+    outcome = guest.execute("call rbx; mov r8, rax; mov byte [rbx + 1], 2; call rbx", cpl=3, rbx=LOW_USER)
+    assert outcome.completed
+    assert (outcome.registers.r8, outcome.registers.rax) == (1, 2)
+
+
+def test_function_rewritten_many_times(guest: Guest) -> None:
+    guest.write(LOW_USER, RETURN_1)
+    outcome = guest.execute(
+        "xor r8, r8; again: mov [rbx + 1], ecx; call rbx; add r8, rax; dec ecx; jne again", cpl=3, rbx=LOW_USER, rcx=100
+    )
+    assert outcome.completed
+    assert outcome.registers.r8 == 5050
+
+
+def test_instruction_rewritten_by_the_one_before_it(guest: Guest) -> None:
+    """Within one block: the store and the changed instruction are neighbours."""
+    guest.write(LOW_USER, assemble("mov byte [rip + changed + 1], 7; changed: mov eax, 1; int 0x80", LOW_USER).code)
+    outcome = guest.execute("jmp rbx", cpl=3, rbx=LOW_USER)
+    assert outcome.completed
+    assert outcome.registers.rax == 7
+
+
+def test_loop_that_rewrites_its_own_body(guest: Guest) -> None:
+    loop = "again: inc byte [rip + changed + 1]; changed: mov eax, 0; add r8, rax; dec ecx; jne again; int 0x80"
+    guest.write(LOW_USER, assemble(loop, LOW_USER).code)
+    outcome = guest.execute("jmp rbx", cpl=3, rbx=LOW_USER, rcx=20)
+    assert outcome.completed
+    assert outcome.registers.r8 == 210
+
+
+def test_store_through_a_writable_alias_of_an_executable_page(guest: Guest) -> None:
+    guest.tables.set_entry(LOW_USER, layout.DATA_GPA | READ_ONLY)
+    guest.tables.map(ALIAS, layout.DATA_GPA, PTE_U)
+    guest.memory.write(layout.DATA_GPA, RETURN_1)
+    outcome = guest.execute(
+        "again: mov [rdi + 1], ecx; call rbx; add r8, rax; dec ecx; jne again", cpl=3, rbx=LOW_USER, rdi=ALIAS, rcx=50
+    )
+    assert outcome.completed
+    assert outcome.registers.r8 == 1275
+
+
+def test_two_executable_aliases_of_a_page(guest: Guest) -> None:
+    guest.tables.map(ALIAS, layout.DATA_GPA, PTE_U)
+    guest.memory.write(layout.DATA_GPA, RETURN_1)
+    outcome = guest.execute(
+        "call rbx; call rdi; mov byte [rbx + 1], 5; call rdi; mov r8, rax; mov byte [rdi + 1], 6; call rbx",
+        cpl=3, rbx=LOW_USER, rdi=ALIAS,
+    )  # fmt: skip
+    assert outcome.completed
+    assert (outcome.registers.r8, outcome.registers.rax) == (5, 6)
+
+
+def test_kernel_writes_code_that_user_mode_has_executed(guest: Guest) -> None:
+    """Through the kernel's own mapping, as a debugger inserts a breakpoint."""
+    guest.memory.write(layout.DATA_GPA, RETURN_1)
+    guest.place(assemble(f"mov byte [rsi], 9; iretq", KERNEL_CODE))
+    layout.set_gate(guest.memory, 3, KERNEL_CODE, dpl=3)
+    outcome = guest.execute(
+        "call rbx; mov r8, rax; int3; call rbx", cpl=3, rbx=LOW_USER, rsi=UPPER + layout.DATA_GPA + 1
+    )
+    assert outcome.completed
+    assert (outcome.registers.r8, outcome.registers.rax) == (1, 9)
+
+
+def test_code_written_across_a_page_boundary(guest: Guest) -> None:
+    start = LOW_USER + PAGE_SIZE - 3
+    guest.write(start, RETURN_1)
+    outcome = guest.execute(
+        "call rbx; mov r8, rax; mov dword [rbx + 1], 0x01020304; call rbx", cpl=3, rbx=start
+    )
+    assert outcome.completed
+    assert (outcome.registers.r8, outcome.registers.rax) == (1, 0x01020304)
+
+
+def test_string_instruction_that_copies_code(guest: Guest) -> None:
+    guest.write(LOW_USER, RETURN_1)
+    guest.write(LOW_USER + 0x800, assemble("mov eax, 42; ret", 0).code)
+    outcome = guest.execute(
+        "call rbx; mov r8, rax; mov ecx, 6; rep movsb; call rbx",
+        cpl=3, rbx=LOW_USER, rsi=LOW_USER + 0x800, rdi=LOW_USER,
+    )  # fmt: skip
+    assert outcome.completed
+    assert (outcome.registers.r8, outcome.registers.rax) == (1, 42)
+
+
+def test_locked_and_sse_stores_reach_code(guest: Guest) -> None:
+    guest.write(LOW_USER, RETURN_1)
+    guest.write(LOW_USER + 0x800, assemble("mov eax, 8; ret", 0).code.ljust(16, b"\x90"))
+    outcome = guest.execute(
+        "call rbx; lock inc byte [rbx + 1]; call rbx; mov r8, rax; movups xmm0, [rsi]; movups [rbx], xmm0; call rbx",
+        cpl=3, rbx=LOW_USER, rsi=LOW_USER + 0x800,
+    )  # fmt: skip
+    assert outcome.completed
+    assert (outcome.registers.r8, outcome.registers.rax) == (2, 8)
+
+
+def test_page_table_change_brings_other_code(guest: Guest) -> None:
+    """The same linear address, another physical page: no store to code is involved."""
+    entry = guest.tables.entry_gpa(HIGH_SUPERVISOR)
+    window = layout.HIGH_USER
+    guest.tables.map(window, entry & -PAGE_SIZE)
+    for number in (1, 2):
+        gpa = layout.DATA_GPA + 0x1000 * number
+        guest.memory.write(gpa, assemble(f"mov eax, {number}; ret", 0).code)
+    guest.tables.map(HIGH_SUPERVISOR, layout.DATA_GPA + 0x1000)
+    outcome = guest.execute(
+        "call rbx; mov r8, rax; mov [rdi], rsi; invlpg [rbx]; call rbx",
+        rbx=HIGH_SUPERVISOR, rdi=window + entry % PAGE_SIZE, rsi=layout.DATA_GPA + 0x2000 | 3,
+    )  # fmt: skip
+    assert outcome.completed
+    assert (outcome.registers.r8, outcome.registers.rax) == (1, 2)
+
+
+@pytest.mark.parametrize("times", (1, 5))
+def test_vmm_writes_code_between_two_runs(guest: Guest, times: int) -> None:
+    guest.write(LOW_USER, RETURN_1)
+    program = guest.start("again: call rbx; hlt; jmp again", rbx=HIGH_SUPERVISOR)
+    assert program.labels["again"] == KERNEL_CODE
+    for value in range(3, 3 + times):
+        guest.write(HIGH_SUPERVISOR, assemble(f"mov eax, {value}; ret", 0).code)
+        assert guest.vcpu.run() == HltExit(interrupts_enabled=False)
+        assert guest.vcpu.get_regs().rax == value
+        guest.vcpu.reset_halt() if hasattr(guest.vcpu, "reset_halt") else guest.vcpu.set_regs(guest.vcpu.get_regs())
+
+
+def test_exception_frame_on_a_page_with_executed_code(guest: Guest) -> None:
+    """Delivery pushes its frame over code that has been executed; what runs there afterwards is the frame's bytes."""
+    top = HIGH_SUPERVISOR + 0x800
+    slot = top - 8 * 5
+    guest.write(slot, RETURN_1)
+    layout.set_gate(guest.memory, 3, layout.HANDLERS + 3 * layout.HANDLER_BYTES)
+    outcome = guest.execute(
+        "call rbx; mov rsp, rcx; int3; handler: mov rsp, r9; call rbx",
+        rbx=slot, rcx=top, r9=layout.KERNEL_STACK_TOP, handlers={},
+    )  # fmt: skip
+    assert outcome.registers.rax == 1
+    frame_rip = outcome.program.labels["handler"]
+    assert guest.read(slot) == frame_rip
+
+
+def test_page_fault_frame_on_a_page_with_executed_code(guest: Guest) -> None:
+    """Native delivery of #PF pushes over code: the code there is forgotten too."""
+    top = HIGH_SUPERVISOR + 0x800
+    slot = top - 8 * 6
+    guest.write(slot, assemble("mov eax, 1; ret", 0).code)
+    layout.set_gate(guest.memory, 14, 0)
+    guest.place(assemble("call rbx", KERNEL_CODE + 0x1000))
+    layout.set_gate(guest.memory, 14, KERNEL_CODE + 0x1000)
+    # The error code lies at the slot: 0 (ADD [RAX], AL) twice, then the RIP above it.
+    outcome = guest.execute("call rbx; mov rsp, rcx; mov rdx, [rsi]", rbx=slot, rcx=top, rsi=layout.HIGH_ABSENT, rax=0)
+    assert guest.read(slot) == 0
+    assert outcome.rip == slot
+
+
+def test_undefined_instruction_made_valid_by_its_own_handler(guest: Guest) -> None:
+    guest.place(assemble("mov word [rsi], 0x9090; iretq", KERNEL_CODE))
+    layout.set_gate(guest.memory, UD, KERNEL_CODE)
+    guest.write(LOW_USER, bytes((0x0F, 0x0B)) + assemble("mov eax, 5; int 0x80", 0).code)
+    outcome = guest.execute("jmp rbx", cpl=3, rbx=LOW_USER, rsi=UPPER + guest.gpa(LOW_USER))
+    assert outcome.completed
+    assert outcome.registers.rax == 5
