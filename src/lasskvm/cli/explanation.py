@@ -13,7 +13,16 @@ from enum import Enum, StrEnum
 from lasskvm.lass import BRANCH, DT_LOAD, FETCH, IMPLICIT, INVLPG, MSR, STACK, WRITE, is_lass_violation
 from lasskvm.x86.address import is_canonical
 from lasskvm.x86.exceptions import GP, SS, vector_name
-from lasskvm.x86.registers import CR4_LA57, CR4_LASS, CR4_SMAP, EFER_LMA, EFER_LME, MASK64, RFLAGS_AC, RFLAGS_FIXED
+from lasskvm.x86.registers import (
+    CR4_LA57,
+    CR4_LASS,
+    CR4_SMAP,
+    EFER_LMA,
+    EFER_LME,
+    MASK64,
+    RFLAGS_AC,
+    RFLAGS_FIXED,
+)
 
 __all__ = ["Access", "Explanation", "Named", "Step", "Verdict", "explain"]
 
@@ -167,9 +176,14 @@ def _canonical(access: Access) -> Step:
     if access.flags & INVLPG:
         return Step(question, "Not asked: INVLPG does nothing for an address that is not.")
     bits = _LINEAR_BITS_LA57 if access.la57 else _LINEAR_BITS
-    for what, address in (("the address", access.address), (f"its last byte, {access.last:#x},", access.last)):
+    for what, address in (
+        ("the address", access.address),
+        (f"its last byte, {access.last:#x},", access.last),
+    ):
         if not is_canonical(address, bits):
-            answer = f"No: bits {_TOP_BIT} to {bits - 1} of {what} are not all equal. This is checked before LASS."
+            answer = (
+                f"No: bits {_TOP_BIT} to {bits - 1} of {what} are not all equal. This is checked before LASS."
+            )
             return Step(question, answer, Verdict.NOT_CANONICAL)
     value = access.address >> _TOP_BIT
     return Step(question, f"Yes: bits {_TOP_BIT} to {bits - 1} are all {value}. This is checked before LASS.")
@@ -220,7 +234,9 @@ def _half(access: Access) -> Step:
         return Step(question, f"Yes: {where}, the supervisor's.", Verdict.PASSES)
     answer = f"No: {where}, and the upper one is the supervisor's."
     if access.flags & FETCH:
-        return Step(question, f"{answer} For a fetch SMAP, SMEP and RFLAGS.AC do not matter.", Verdict.VIOLATION)
+        return Step(
+            question, f"{answer} For a fetch SMAP, SMEP and RFLAGS.AC do not matter.", Verdict.VIOLATION
+        )
     return Step(question, answer)
 
 

@@ -16,7 +16,8 @@ from lasskvm.errors import ImageError
 if TYPE_CHECKING:
     from lasskvm.images import Image
 
-# lasskvm.images is imported by the commands: it brings the loaders along, and --help should not wait for them.
+# lasskvm.images is imported by the commands: it brings the loaders along, and --help should not wait for
+# them.
 
 __all__ = ["LIST_EXAMPLE", "PULL_EXAMPLE", "list_images", "pull"]
 

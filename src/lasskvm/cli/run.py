@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from enum import StrEnum
 from pathlib import Path
@@ -13,17 +12,18 @@ import typer
 from lasskvm.cli.cpu import LIST, print_models
 from lasskvm.cli.reporting import STATUS_FAILED, reports_errors, say
 from lasskvm.errors import ImageError
-from lasskvm.x86.cpuid import CpuModel, parse_cpu
+from lasskvm.x86.cpuid import parse_cpu
 
 if TYPE_CHECKING:
     from lasskvm.images import Image
     from lasskvm.machine.pc import Ending, Pc
 
-# The machine is imported by the functions that need it: it brings the engine along, and --help should not wait for it.
+# The machine is imported by the functions that need it: it brings the engine along, and --help should not
+# wait for it.
 
 __all__ = ["EXAMPLE", "LINUX_COMMAND_LINE", "run"]
 
-EXAMPLE = """[bold]Examples:[/] a shell; a program, whose exit status is that of the command; a kernel of one's own
+EXAMPLE = """[bold]Examples:[/] a shell; a program, whose exit status becomes the command's; one's own kernel
 
 lasskvm run debian
 
@@ -31,13 +31,14 @@ lasskvm run debian -- ./lass_test --verbose
 
 lasskvm run bzImage --initrd initramfs.cpio --append mitigations=off
 
-[bold]Exit status:[/] that of the program or shell; from a bare-metal guest, (value << 1) | 1 for what it writes to port \
-0xf4; 0 when the guest powers off or restarts; 1 when it crashes; 124 at the time limit; 130 after Ctrl-C; 2 when \
-something is wrong with the command."""
+[bold]Exit status:[/] that of the program or shell; from a bare-metal guest, (value << 1) | 1 for what it \
+writes to port 0xf4; 0 when the guest powers off or restarts; 1 when it crashes; 124 at the time limit; 130 \
+after Ctrl-C; 2 when something is wrong with the command."""
 
-#: What Linux is told unless --cmdline says otherwise. Everything else it finds out: that there is no ACPI, no PCI, no
-#: APIC and no keyboard costs it no time. The TSC is to be trusted, since on the host's clock timer interrupts come late
-#: when the host is busy, and Linux would take the TSC to be wrong. A panic restarts, which ends the run.
+#: What Linux is told unless --cmdline says otherwise. Everything else it finds out: that there is no ACPI, no
+#: PCI, no APIC and no keyboard costs it no time. The TSC is to be trusted, since on the host's clock timer
+#: interrupts come late when the host is busy, and Linux would take the TSC to be wrong. A panic restarts,
+#: which ends the run.
 LINUX_COMMAND_LINE = "console=ttyS0 tsc=reliable panic=-1 reboot=k"
 #: The console from the first line on, and as little as possible on it.
 _EARLY_CONSOLE = "earlyprintk=serial,ttyS0,115200"
@@ -47,6 +48,7 @@ _MIB = 1 << 20
 _DEFAULT_MEMORY = 256
 _EXECUTABLE_BITS = 0o111
 _STATUS_BITS = 0xFF
+_STANDARD_OUTPUT = 1
 
 
 class ClockChoice(StrEnum):
@@ -81,9 +83,12 @@ _Cpu = Annotated[
         metavar="MODEL[,±FEATURE]...",
     ),
 ]
-_Append = Annotated[str, typer.Option(help="Words to add to the default command line of the kernel.", metavar="TEXT")]
+_Append = Annotated[
+    str, typer.Option(help="Words to add to the default command line of the kernel.", metavar="TEXT")
+]
 _Cmdline = Annotated[
-    str | None, typer.Option(help="The command line of the kernel, instead of the default one.", metavar="TEXT")
+    str | None,
+    typer.Option(help="The command line of the kernel, instead of the default one.", metavar="TEXT"),
 ]
 _Initrd = Annotated[Path | None, typer.Option(help="An initrd or initramfs for the kernel.", metavar="FILE")]
 _Timeout = Annotated[
@@ -119,7 +124,9 @@ def run(
 ) -> None:
     """Boot a kernel with LASS, its console on standard input and output."""
     if program and initrd is not None:
-        raise typer.BadParameter("an initrd and a program exclude each other: the program gets an initramfs of its own")
+        raise typer.BadParameter(
+            "an initrd and a program exclude each other: the program gets an initramfs of its own"
+        )
     if append and cmdline is not None:
         raise typer.BadParameter("--cmdline replaces what --append would add to; give one of them")
     from lasskvm import images, kvm
@@ -150,9 +157,6 @@ def run(
     if stats:
         _print_statistics(pc)
     raise typer.Exit(_status(ending, bool(program)))
-
-
-_STANDARD_OUTPUT = 1
 
 
 def _no_progress(line: str) -> None:
@@ -194,7 +198,8 @@ def _busybox(kernel: Image) -> bytes:
             path = images.resolve(images.IMAGE_NAMES[0]).busybox
         except ImageError as error:
             raise ImageError(
-                f"running a program takes a busybox, and none is there; run `lasskvm images pull {images.IMAGE_NAMES[0]}`"
+                "running a program takes a busybox, and none is there; "
+                f"run `lasskvm images pull {images.IMAGE_NAMES[0]}`"
             ) from error
     assert path is not None
     try:
@@ -204,7 +209,7 @@ def _busybox(kernel: Image) -> bytes:
 
 
 def _check_executable(program: Path) -> None:
-    """Refuse a file that the host would not execute either; what else is wrong with it is found where it is read."""
+    """Refuse a file that the host would not execute either; what else is wrong is found where it is read."""
     try:
         mode = program.stat().st_mode
     except OSError:

@@ -15,7 +15,7 @@ from lasskvm.conformance.assembler import Assembled, assemble
 from lasskvm.conformance.layout import DONE_VECTOR, PageTables
 from lasskvm.kvm import Exit, HltExit, IntrExit, Regs, Sregs, Vm
 from lasskvm.x86.cpuid import parse_cpu
-from lasskvm.x86.exceptions import vector_name
+from lasskvm.x86.exceptions import has_error_code, vector_name
 from lasskvm.x86.paging import PTE_A, PTE_D
 from lasskvm.x86.registers import RFLAGS_FIXED
 
@@ -27,6 +27,7 @@ CR2_UNTOUCHED = 0xFFFF_8BAD_0000_0CE2
 _HLT = b"\xf4"
 _WORD_BYTES = 8
 _FRAME_WORDS = 5
+_FRAME_BYTES = _FRAME_WORDS * _WORD_BYTES
 #: What a program can change and the next one relies on, as guest-physical ranges.
 _RESTORED = (
     (0, layout.HANDLERS_GPA),
@@ -187,12 +188,21 @@ class Guest:
         in_handler = offset % layout.HANDLER_BYTES == 0 and 0 <= offset < layout.VECTORS * layout.HANDLER_BYTES
         if isinstance(reason, HltExit) and in_handler:
             vector = offset // layout.HANDLER_BYTES
-            words = self.stack(regs.rsp, (layout.IST_STACK_TOP - regs.rsp) // _WORD_BYTES)
-            if len(words) > _FRAME_WORDS:
-                error_code, *words = words
-            if len(words) == _FRAME_WORDS:
-                frame = (words[0], words[1], words[2], words[3], words[4])
+            error_code, frame = self._frame(vector, regs.rsp)
         return Outcome(reason, vector, error_code, *frame, cr2=sregs.cr2, registers=regs, program=self._program)
+
+    def _frame(self, vector: int, rsp: int) -> tuple[int | None, tuple[int, int, int, int, int]]:
+        """The error code and RIP, CS, RFLAGS, RSP and SS that delivery has pushed at *rsp*.
+
+        On the IST stack the number of words tells whether there is an error code; elsewhere the vector does, which is
+        wrong for INT *n* of an exception's vector.
+        """
+        pushed = layout.IST_STACK_TOP - rsp
+        on_ist_stack = pushed in (_FRAME_BYTES, _FRAME_BYTES + _WORD_BYTES)
+        with_code = pushed > _FRAME_BYTES if on_ist_stack else has_error_code(vector)
+        error_code = self.read(rsp) if with_code else None
+        rip, cs, rflags, old_rsp, ss = self.stack(rsp + _WORD_BYTES * with_code, _FRAME_WORDS)
+        return error_code, (rip, cs, rflags, old_rsp, ss)
 
     # ------------------------------------------------------------------------------------------------- memory
 

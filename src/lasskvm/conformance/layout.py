@@ -152,8 +152,9 @@ class PageTables:
         self.set_entry(gva, 0)
 
     def entry(self, gva: int) -> int:
-        """The last-level entry for *gva*."""
-        return self._memory.load(self.entry_gpa(gva), _ENTRY_BYTES)
+        """The last-level entry for *gva*; 0 where there is not even a table for it."""
+        slot = self._find(gva, make_tables=False)
+        return self._memory.load(slot, _ENTRY_BYTES) if slot else 0
 
     def frame(self, gva: int) -> int:
         """The guest-physical address of the page that *gva* is mapped to."""
@@ -164,19 +165,27 @@ class PageTables:
         self._memory.store(self.entry_gpa(gva), _ENTRY_BYTES, entry)
 
     def entry_gpa(self, gva: int) -> int:
-        """Where the last-level entry for *gva* is."""
+        """Where the last-level entry for *gva* is; tables on the way are made."""
+        return self._find(gva, make_tables=True)
+
+    def _find(self, gva: int, *, make_tables: bool) -> int:
         table = self.root
         for shift in self._shifts:
             slot = table + (gva >> shift & _INDEX_MASK) * _ENTRY_BYTES
             entry = self._memory.load(slot, _ENTRY_BYTES)
             if not entry & PTE_P:
-                if self.next_free == TABLES_END:
-                    raise ValueError("the guest has no room for more page tables")
-                entry = self.next_free | _PRESENT | PTE_U
+                if not make_tables:
+                    return 0
+                entry = self._new_table()
                 self._memory.store(slot, _ENTRY_BYTES, entry)
-                self.next_free += PAGE_SIZE
             table = entry & _ENTRY_ADDRESS
         return table + (gva >> _PAGE_SHIFT & _INDEX_MASK) * _ENTRY_BYTES
+
+    def _new_table(self) -> int:
+        if self.next_free == TABLES_END:
+            raise ValueError("the guest has no room for more page tables")
+        self.next_free += PAGE_SIZE
+        return self.next_free - PAGE_SIZE | _PRESENT | PTE_U
 
     def map_layout(self) -> None:
         """Map everything that this module describes."""

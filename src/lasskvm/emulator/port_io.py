@@ -49,7 +49,7 @@ def begin(ctx: Emulation) -> PortAccess:
     if mnemonic in _OUTS:
         size = _OUTS[mnemonic]
         source = next(operand for operand in decoded.accesses if operand.reads)
-        value = load(ctx, source.segment, effective_address(words, decoded, source), size)
+        value = load(ctx, source.segment, effective_address(words, source), size)
         return PortAccess(decoded, port, size, write=True, value=value)
     if mnemonic not in (Mnemonic.IN, Mnemonic.OUT):
         raise Unhandleable(f"port I/O by {instruction}")
@@ -77,7 +77,7 @@ def finish_element(ctx: Emulation, access: PortAccess, value: int) -> bool:
     # iced-x86 lists the string operand among the accesses; its width is that of the address size.
     operand = next(operand for operand in decoded.accesses if operand.reads == access.write)
     if not access.write:
-        store(ctx, operand.segment, effective_address(words, decoded, operand), access.size, value)
+        store(ctx, operand.segment, effective_address(words, operand), access.size, value)
     mask = operand.address_mask
     step = -access.size if words[RFLAGS] & RFLAGS_DF else access.size
     index = RSI if access.write else RDI

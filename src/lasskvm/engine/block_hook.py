@@ -7,28 +7,20 @@ instructions. It counts, remembers where the block begins, and calls the Numba c
 
 from __future__ import annotations
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 
 from lasskvm.engine.context import BLOCK_DEADLINE, BLOCKS, LAST_BLOCK
 from lasskvm.engine.hooks import on_deadline
+from lasskvm.engine.native import assembled
 
-__all__ = ["BlockHook"]
+__all__ = ["block_hook"]
 
 _WORD_BITS = 64
 
 
-class BlockHook:
-    """``UC_HOOK_BLOCK``'s callback ``(uc, address, size, context)``; ``address`` is where it is."""
-
-    def __init__(self) -> None:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        machine = llvm.Target.from_default_triple().create_target_machine(opt=2, jit=True)
-        module = llvm.parse_assembly(str(_module(on_deadline.address)))
-        self._engine = llvm.create_mcjit_compiler(module, machine)
-        self._engine.finalize_object()
-        self.address = int(self._engine.get_function_address("on_block"))
+def block_hook() -> int:
+    """The address of ``UC_HOOK_BLOCK``'s callback ``(uc, address, size, context)``."""
+    return assembled(_module(on_deadline.address))
 
 
 def _module(deadline_callback: int) -> ir.Module:

@@ -11,8 +11,8 @@ UC, CPU, ENV, STATE, MEMORY = range(5)
 (
     FN_EMU_START, FN_EMU_STOP, FN_TLB_SET_PAGE, FN_TLB_FLUSH, FN_LOOP_EXIT_RESTORE, FN_RESTORE_STATE,
     FN_LOOP_EXIT_NOEXC, FN_CC_COMPUTE_ALL, FN_UPDATE_DR7, FN_INVALIDATE_RANGE, FN_MONOTONIC,
-    FN_PORT_READ, FN_PORT_WRITE,
-) = range(8, 21)  # fmt: skip
+    FN_PORT_READ, FN_PORT_WRITE, FN_TLB_SET_DIRTY,
+) = range(8, 22)  # fmt: skip
 
 # The exit record: why the guest stopped. What the detail words mean is said with the EXIT_* reasons.
 EXIT_REASON, EXIT_VECTOR, EXIT_ERROR_CODE, EXIT_ADDRESS, EXIT_FLAGS = range(24, 29)

@@ -19,9 +19,9 @@ from unicorn.unicorn_py3.unicorn import uclib
 
 from lasskvm.engine import context as c
 from lasskvm.engine import entry, fill, hooks, private
-from lasskvm.engine.block_hook import BlockHook
+from lasskvm.engine.block_hook import block_hook
 from lasskvm.engine.calibration import calibrate, library_function
-from lasskvm.engine.native import Callback
+from lasskvm.engine.interpose import skip_dirty_reset
 from lasskvm.errors import HostError
 from lasskvm.memory import PAGE_CODE, PAGE_SHIFT, PAGE_SIZE, SLOT_WORDS, TABLE_FIRST, GuestMemory, Slot
 from lasskvm.state import VcpuState
@@ -73,6 +73,7 @@ class Engine:
         self.memory = memory
         self._ports = ports
         self._error: BaseException | None = None
+        self._tuned = False
         self._uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         self._uc.ctl_set_cpu_model(x86_const.UC_CPU_X86_ICELAKE_SERVER)
         self._uc.ctl_set_tcg_buffer_size(_TCG_BUFFER_BYTES)
@@ -104,6 +105,9 @@ class Engine:
     def run(self) -> EngineExit:
         """Execute guest code from the state words until an exit; the words then hold the state at the exit."""
         self._enter(self._context_address)
+        if not self._tuned:
+            self._tuned = True
+            skip_dirty_reset(fill.tlb_fill.address)
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -218,11 +222,10 @@ class Engine:
         private.set_context(self._cpu, self._context_address)
         private.set_no_exit_request(self._handle)
         private.replace_tlb_fill(self._cpu, fill.tlb_fill.address)
-        self._hook(unicorn.UC_HOOK_INTR, hooks.on_event)
-        self._block_hook = BlockHook()
-        self._hook(unicorn.UC_HOOK_BLOCK, self._block_hook)
+        self._hook(unicorn.UC_HOOK_INTR, hooks.on_event.address)
+        self._hook(unicorn.UC_HOOK_BLOCK, block_hook())
         for instruction, hook in _INSTRUCTION_HOOKS.items():
-            self._hook(unicorn.UC_HOOK_INSN, hook, instruction)
+            self._hook(unicorn.UC_HOOK_INSN, hook.address, instruction)
         self._native_features = tuple(
             private.feature(self._env, word) for word in range(private.FEATURE_WORDS)
         )
@@ -238,11 +241,11 @@ class Engine:
             _ALL_DEBUG_REGISTERS,
         )  # fmt: skip
 
-    def _hook(self, kind: int, hook: Callback | BlockHook, instruction: int = 0) -> None:
+    def _hook(self, kind: int, callback: int, instruction: int = 0) -> None:
         handle = ctypes.c_size_t()
         # An empty address range means everywhere. The instruction is a variadic argument, read for UC_HOOK_INSN only.
         status = _HOOK_ADD(_address(uclib.uc_hook_add))(
-            self._handle, ctypes.addressof(handle), kind, hook.address, self._context_address, 1, 0, instruction
+            self._handle, ctypes.addressof(handle), kind, callback, self._context_address, 1, 0, instruction
         )
         if status:
             raise HostError(f"Unicorn refused a hook: {unicorn.UcError(status)}; reinstall unicorn")
@@ -330,6 +333,7 @@ _FLUSH = ctypes.CFUNCTYPE(None, ctypes.c_uint64)
 _LIBRARY_FUNCTIONS = {
     c.FN_TLB_SET_PAGE: "tlb_set_page",
     c.FN_TLB_FLUSH: "tlb_flush",
+    c.FN_TLB_SET_DIRTY: "tlb_set_dirty",
     c.FN_LOOP_EXIT_RESTORE: "cpu_loop_exit_restore",
     c.FN_RESTORE_STATE: "cpu_restore_state",
     c.FN_LOOP_EXIT_NOEXC: "cpu_loop_exit_noexc",

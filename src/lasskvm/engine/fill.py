@@ -27,6 +27,7 @@ from lasskvm.engine.context import (
     FN_LOOP_EXIT_RESTORE,
     FN_RESTORE_STATE,
     FN_TLB_FLUSH,
+    FN_TLB_SET_DIRTY,
     FN_TLB_SET_PAGE,
     IDENTITY_FILL,
     MEMORY,
@@ -59,6 +60,7 @@ from lasskvm.memory import (
     SLOT_FLAGS,
     SLOT_PAGE_FLAGS,
     SLOT_READONLY,
+    SLOT_WORDS,
     SLOT_WRITE_EPOCHS,
 )
 from lasskvm.state import STATE_WORDS
@@ -78,6 +80,7 @@ _ACCESS_STORE, _ACCESS_FETCH = 1, 2
 
 _tlb_set_page = foreign_function(0, 64, 64, 64, 32, 32, 64)
 _tlb_flush = foreign_function(0, 64)
+_tlb_set_dirty = foreign_function(0, 64, 64)
 _invalidate_range = foreign_function(0, 64, 64, 64)
 _loop_exit_restore = foreign_function(0, 64, 64)
 _restore_state = foreign_function(8, 64, 64, 8)
@@ -160,6 +163,9 @@ def fill(
     if every_access:
         extent = _EVERY_ACCESS
     _install(cpu, context, address, gpa, permissions, mmu_index, extent)
+    if flags & WRITE != 0 and permissions & PERM_X == 0 and not every_access:
+        # Unicorn would look for translated code at the first store; there is none.
+        _tlb_set_dirty(load64(context + 8 * FN_TLB_SET_DIRTY), cpu, address & _PAGE_MASK)
     return 1
 
 
@@ -229,7 +235,7 @@ def flush_tlb(cpu: int, context: int) -> None:
 def invalidate_page(cpu: int, context: int, memory: int, slot: int, page: int) -> None:
     """Forget all translated code of page *page* of the slot at table address *slot*."""
     store64(context + 8 * COUNT_CODE_INVALIDATIONS, load64(context + 8 * COUNT_CODE_INVALIDATIONS) + 1)
-    index = (slot - memory) // (8 * 8)
+    index = (slot - memory) // (8 * SLOT_WORDS)
     start = load64(context + 8 * (SLOT_RAM_ADDRESS + index)) + (page << _PAGE_SHIFT)
     _invalidate_range(load64(context + 8 * FN_INVALIDATE_RANGE), load64(context + 8 * UC), start, start + _PAGE_SIZE)
     page_flags = load64(slot + 8 * SLOT_PAGE_FLAGS) + page

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
 from llvmlite import ir
@@ -36,7 +37,7 @@ from numba.extending import intrinsic, overload
 import lasskvm
 
 __all__ = [
-    "Callback", "callback", "compiled", "foreign_function", "load8", "load16", "load32", "load64",
+    "Callback", "assembled", "callback", "compiled", "foreign_function", "load8", "load16", "load32", "load64",
     "store8", "store16", "store32", "store64", "substitute", "words_at",
 ]  # fmt: skip
 
@@ -48,7 +49,6 @@ _KEPT_CACHES = 3
 # ---------------------------------------------------------------------------------------------------- compiling
 
 _substitutes: dict[Callable[..., Any], Callable[..., Any]] = {}
-_compiled: dict[Callable[..., Any], Any] = {}
 
 
 def substitute(function: Callable[..., Any], native: Callable[..., Any]) -> None:
@@ -56,13 +56,23 @@ def substitute(function: Callable[..., Any], native: Callable[..., Any]) -> None
     _substitutes[function] = native
 
 
+@cache
 def compiled(function: Callable[..., Any]) -> Any:
-    """*function*, a plain function of the compiled subset, as a Numba dispatcher over ``uint64``."""
-    if function not in _compiled:
-        _compiled[function] = numba.njit(
-            _rewritten(function, with_callees=True), cache=True, nogil=True, error_model="numpy"
-        )
-    return _compiled[function]
+    """*function*, a plain function of the compiled subset, as a Numba dispatcher over ``uint64``; callable from Python."""
+    rewritten = _rewritten(function, with_callees=True)
+    # Numba's cache tells functions apart by their names: not to be taken for the form without Python wrappers.
+    rewritten.__qualname__ += "_for_python"
+    return numba.njit(rewritten, **_OPTIONS)
+
+
+@cache
+def _callee(function: Callable[..., Any]) -> Any:
+    """The same for calls from other compiled functions only, which takes less time to compile."""
+    rewritten = _rewritten(function, with_callees=True)
+    return numba.njit(rewritten, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
+
+
+_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 
 class Callback:
@@ -169,7 +179,7 @@ def _native_global(value: Any) -> Any:
         if value in _substitutes:
             value = _substitutes[value]
         if isinstance(value, FunctionType) and not hasattr(value, "is_primitive"):
-            return compiled(value)
+            return _callee(value)
     return value
 
 
@@ -271,6 +281,25 @@ def words_at(address: int, count: int) -> Any:
 overload(words_at)(
     lambda address, count: lambda address, count: numba.carray(_pointer(address), (count,), np.uint64)
 )
+
+
+@cache
+def _machine() -> llvm.TargetMachine:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.Target.from_default_triple().create_target_machine(opt=2, jit=True)
+
+
+def assembled(module: ir.Module) -> int:
+    """The address of the machine code of the only function in *module*; it stays for the life of the process."""
+    (function,) = module.functions
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), _machine())
+    engine.finalize_object()
+    _assembled.append(engine)
+    return int(engine.get_function_address(function.name))
+
+
+_assembled: list[llvm.ExecutionEngine] = []
 
 
 def foreign_function(result_bits: int, *argument_bits: int) -> Any:

@@ -72,7 +72,7 @@ _UC_NO_EXIT_REQUEST = 2034
 _CPU_INTERRUPT_REQUEST = 28
 _CPU_EXCEPTION_INDEX = 33184
 CPU_ENV = 35408
-_CPU_TLB_FILL = 42840
+CPU_TLB_FILL = 42840
 
 # CPUX86State
 _REGS, _EIP, _EFLAGS, _CC_SRC, _CC_OP, _DF = 0x00, 0x80, 0x88, 0x98, 0xA8, 0xAC
@@ -132,12 +132,12 @@ def set_context(cpu: int, context: int) -> None:
 
 def tlb_fill(cpu: int) -> int:
     """The address of the CPU class's ``tlb_fill``."""
-    return load64(cpu + _CPU_TLB_FILL)
+    return load64(cpu + CPU_TLB_FILL)
 
 
 def replace_tlb_fill(cpu: int, function: int) -> None:
     """Make *function* the ``tlb_fill`` of this instance's CPU class."""
-    store64(cpu + _CPU_TLB_FILL, function)
+    store64(cpu + CPU_TLB_FILL, function)
 
 
 def hardware_efer(env: int) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from iced_x86 import Code, Mnemonic
+
 from lasskvm.emulator.branches import undo_near_branch
 from lasskvm.emulator.completion import next_rip
 from lasskvm.emulator.decode import fetch_instruction, is_read_modify_write, is_stack_access
@@ -33,6 +35,13 @@ if TYPE_CHECKING:
 __all__ = ["handle_exit"]
 
 _DR6_HIT_BITS = 0xF
+#: The forms of MOV that the emulator executes.
+_SYSTEM_REGISTER_MOVES = frozenset(
+    (
+        Code.MOV_CR_R32, Code.MOV_CR_R64, Code.MOV_R32_CR, Code.MOV_R64_CR,
+        Code.MOV_DR_R32, Code.MOV_DR_R64, Code.MOV_R32_DR, Code.MOV_R64_DR,
+    )
+)  # fmt: skip
 
 
 def handle_exit(vcpu: Vcpu, engine_exit: EngineExit) -> None:
@@ -125,7 +134,10 @@ def _is_ours(vcpu: Vcpu) -> bool:
         decoded = fetch_instruction(vcpu.emulation)
     except GuestFault:
         return False
-    return decoded.instruction.mnemonic in HANDLERS and not decoded.instruction.has_lock_prefix
+    instruction = decoded.instruction
+    if instruction.mnemonic == Mnemonic.MOV and instruction.code not in _SYSTEM_REGISTER_MOVES:
+        return False
+    return instruction.mnemonic in HANDLERS and not instruction.has_lock_prefix
 
 
 def _debug_exception(vcpu: Vcpu) -> None:

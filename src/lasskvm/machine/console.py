@@ -1,9 +1,10 @@
 """The host's side of the serial line: a terminal, a pipe or a file joined to the guest's UART.
 
-:class:`Console` is what a :class:`~lasskvm.machine.pc.Pc` gets as its output and as what it calls when it has time. A
-person at a raw terminal types into the guest, Ctrl-C included; what belongs to the console itself starts with Ctrl-A.
-Input that does not come from a terminal waits until the guest's driver listens, since a UART keeps only 16 bytes for a
-guest that does not, and ends with the end-of-file character that a person would type.
+:class:`Console` is what a :class:`~lasskvm.machine.pc.Pc` gets as its output and as what it calls when it has
+time. A person at a raw terminal types into the guest, Ctrl-C included; what belongs to the console itself
+starts with Ctrl-A. Input that does not come from a terminal waits until the guest's driver listens, since a
+UART keeps only 16 bytes for a guest that does not, and ends with the end-of-file character that a person
+would type.
 
 The terminal gets its settings back however a run ends: by return, by exception, by SIGINT, SIGTERM or SIGHUP.
 """
@@ -43,6 +44,7 @@ _CHUNK = 1024
 _OUTPUT_BUFFER = 4096
 #: The longest wait in one go: a signal that arrives just before one is noticed behind it.
 _LONGEST_WAIT = 0.1
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SIGNAL_STATUS = 128
 
 
@@ -55,7 +57,7 @@ def standard_input() -> int | None:
 
 
 def is_terminal(descriptor: int | None) -> bool:
-    """Whether *descriptor* is a terminal at which a person can type to this process: one it has in the foreground."""
+    """Whether *descriptor* is a terminal that this process may read: one that has it in the foreground."""
     if descriptor is None or not os.isatty(descriptor):
         return False
     try:
@@ -66,11 +68,11 @@ def is_terminal(descriptor: int | None) -> bool:
 
 
 class Console:
-    """The host's end of one guest's serial line; a context manager that holds the terminal while the guest runs.
+    """The host's end of a guest's serial line; as a context manager it holds the terminal meanwhile.
 
-    *input_descriptor* is where input comes from, None for nowhere; *output_descriptor* takes what the guest writes, byte
-    for byte. With *raw* a terminal hands every key to the guest, else whole lines, and Ctrl-C ends the run; in both
-    cases the echo is the guest's.
+    *input_descriptor* is where input comes from, None for nowhere; *output_descriptor* takes what the guest
+    writes, byte for byte. With *raw* a terminal hands every key to the guest, else whole lines, and Ctrl-C
+    ends the run; in both cases the echo is the guest's.
 
     >>> console = Console(input_descriptor=None, output_descriptor=1, raw=False)
     """
@@ -94,7 +96,7 @@ class Console:
         self._held = ExitStack()
 
     def connect(self, uart: Uart16550, now: Callable[[], int], stop: Callable[[], None]) -> None:
-        """Join the line to *uart*. *now* gives the guest's time in nanoseconds, *stop* ends the run (Ctrl-A X)."""
+        """Join the line to *uart*; *now* is the guest's time in nanoseconds, *stop* ends the run."""
         self._uart, self._now, self._stop = uart, now, stop
 
     @property
@@ -119,7 +121,7 @@ class Console:
                 self.flush()
 
     def write(self, data: bytes) -> None:
-        """Take output of the guest. It appears at the end of a line, or when the guest lets :meth:`idle` be called."""
+        """Take output of the guest, which appears at the end of a line or with the next :meth:`idle`."""
         self._buffer += data
         if data.endswith(b"\n") or len(self._buffer) >= _OUTPUT_BUFFER:
             self.flush()
@@ -127,7 +129,8 @@ class Console:
     def flush(self) -> None:
         """Let what the guest has written appear.
 
-        Raises BrokenPipeError when nobody reads it any more, and :class:`HostError` when it cannot be written.
+        Raises BrokenPipeError when nobody reads it any more, and :class:`HostError` when it cannot be
+        written.
         """
         while self._buffer:
             try:
@@ -145,9 +148,10 @@ class Console:
             del self._buffer[:written]
 
     def idle(self, nanoseconds: int | None) -> None:
-        """Let output appear, then wait up to *nanoseconds* (None: for ever) for input and hand it to the guest.
+        """Let output appear, then wait up to *nanoseconds* (None: for ever) for input for the guest.
 
-        Returns early now and then. Raises KeyboardInterrupt or SystemExit for a signal that arrived during the run.
+        Returns early now and then. Raises KeyboardInterrupt or SystemExit for a signal that arrived during
+        the run.
         """
         self._raise_signal()
         self.flush()
@@ -199,7 +203,7 @@ class Console:
         return bytes(sent)
 
     def _send_end(self) -> None:
-        """Tell the guest again and again that there is no more input: every later reader has to learn it, too."""
+        """Tell the guest that there is no more input, again and again: every later reader has to learn it."""
         uart = self._uart
         assert uart is not None
         assert self._end_due_ns is not None
@@ -209,11 +213,15 @@ class Console:
 
     @contextmanager
     def _signals_deferred(self) -> Iterator[None]:
-        """Note signals that end the process instead of obeying them, so that no guest instruction is cut in half."""
+        """Note signals that end the process and obey them in :meth:`idle`: none gets lost in a callback."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        former = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        former = {number: signal.getsignal(number) for number in _ENDING_SIGNALS}
+        for number, handler in former.items():
+            # What is ignored, as nohup has it with SIGHUP, stays ignored.
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._note)
         try:
             yield
         finally:

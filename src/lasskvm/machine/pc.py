@@ -1,8 +1,8 @@
 """The PC around a VM: memory layout, devices on their ports, and the VMM's run loop.
 
-Devices that a guest talks to all the time (UART, RTC, the POST port) sit on the VM's own bus beside the interrupt
-controller and timer, as KVM's in-kernel devices do. Those that end or restart the machine are served here, from the
-exits of ``KVM_RUN``.
+Devices that a guest talks to all the time (UART, RTC, the POST port) sit on the VM's own bus beside the
+interrupt controller and timer, as KVM's in-kernel devices do. Those that end or restart the machine are
+served here, from the exits of ``KVM_RUN``.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ from lasskvm.machine.devices.program_status import ProgramStatus
 from lasskvm.machine.devices.rtc import Rtc
 from lasskvm.machine.devices.uart16550 import Uart16550
 from lasskvm.x86.cpuid import CpuModel
-from lasskvm.x86.registers import DS, ES, FS, GS, SS, TR
-from lasskvm.x86.registers import CS as CODE
 
 __all__ = ["End", "Ending", "Pc"]
 
@@ -48,7 +46,8 @@ MINIMUM_MEMORY = 4 * MIB
 LOW_MEMORY_END = 0xC000_0000
 HIGH_MEMORY_START = 1 << 32
 _LOW_SLOT, _HIGH_SLOT = 0, 1
-#: A guest that keeps the VMM busy with port I/O lets it look around after so many exits, or so much guest time.
+#: A guest that keeps the VMM busy with port I/O lets it look around after so many exits, or so much guest
+#: time.
 _TURN_EXITS = 1000
 _TURN_NS = 20_000_000
 
@@ -68,7 +67,7 @@ class End(Enum):
 
 @dataclass(frozen=True)
 class Ending:
-    """How a machine stopped: ``status`` is the exit status for the shell, ``detail`` says more about errors."""
+    """How a machine stopped: *status* is the exit status for a shell, *detail* says more about errors."""
 
     end: End
     status: int
@@ -83,9 +82,10 @@ STATUS_TIMEOUT = 124
 class Pc:
     """A PC with one processor.
 
-    *memory_size* is in bytes, a multiple of 4 KiB. *output* gets what the guest writes to its serial port and to the
-    debug console. *idle* is called when the guest has nothing to do, with the nanoseconds until its next timer (None: it
-    waits for input for ever), and, with 0, now and then while it runs; it is where a console reads its input.
+    *memory_size* is in bytes, a multiple of 4 KiB. *output* gets what the guest writes to its serial port and
+    to the debug console. *idle* is called when the guest has nothing to do, with the nanoseconds until its
+    next timer (None: it waits for input for ever), and, with 0, now and then while it runs; it is where a
+    console reads its input.
 
     Raises :class:`MemoryLayoutError` for a memory size that is too small, or more than this host has.
     """
@@ -101,12 +101,13 @@ class Pc:
     ) -> None:
         if memory_size < MINIMUM_MEMORY:
             raise MemoryLayoutError(
-                f"{memory_size / MIB:g} MiB of memory is too little for a PC; give at least {MINIMUM_MEMORY // MIB}"
+                f"{memory_size / MIB:g} MiB of memory is too little for a PC; "
+                f"give at least {MINIMUM_MEMORY // MIB}"
             )
         if memory_size > _host_memory():
             raise MemoryLayoutError(
-                f"the guest cannot have {memory_size / MIB:g} MiB of memory, this host has {_host_memory() // MIB}; "
-                "give it less"
+                f"the guest cannot have {memory_size // MIB} MiB of memory, "
+                f"this host has {_host_memory() // MIB}; give it less"
             )
         self.vm = Vm()
         if clock is not None:
@@ -156,7 +157,8 @@ class Pc:
     def run(self, timeout: float | None = None) -> Ending:
         """Run until the guest ends, or for *timeout* seconds of the host's time.
 
-        Raises only what *output* and *idle* raise, and :class:`~lasskvm.errors.HostError` when the host cannot run guests.
+        Raises only what *output* and *idle* raise, and :class:`~lasskvm.errors.HostError` when the host
+        cannot run guests.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._ending is None:
@@ -183,7 +185,7 @@ class Pc:
         self._ending = Ending(End.STOPPED, 0)
 
     def statistics(self) -> dict[str, int]:
-        """What the run so far has cost, by name: blocks executed, guest time, and what direct execution counts."""
+        """What the run so far has cost, by name: blocks, guest time, and what direct execution counts."""
         return {
             "executed_blocks": self.vcpu.executed_blocks,
             "guest_nanoseconds": self.vm.clock.now(),
