@@ -148,7 +148,7 @@ def test_exception_frame_on_a_page_with_executed_code(guest: Guest) -> None:
     top = HIGH_SUPERVISOR + 0x800
     slot = top - 8 * 5
     guest.write(slot, RETURN_1)
-    guest.place(assemble("call rbx", HANDLER))
+    guest.place(assemble("call rbx; ud2", HANDLER))
     layout.set_gate(guest.memory, 3, HANDLER)
     outcome = guest.execute("call rbx; mov rsp, rcx; int3; after: nop", rbx=slot, rcx=top)
     assert guest.read(slot) == outcome.program.labels["after"]
@@ -161,11 +161,12 @@ def test_page_fault_frame_on_a_page_with_executed_code(guest: Guest) -> None:
     top = HIGH_SUPERVISOR + 0x800
     slot = top - 8 * 6
     guest.write(slot, RETURN_1)
-    guest.place(assemble("call rbx", HANDLER))
+    guest.place(assemble("call rbx; ud2", HANDLER))
     layout.set_gate(guest.memory, PF, HANDLER)
-    outcome = guest.execute("call rbx; mov rsp, rcx; mov rdx, [rsi]", rbx=slot, rcx=top, rsi=layout.HIGH_ABSENT)
+    program = "call rbx; xor eax, eax; mov rsp, rcx; mov rdx, [rsi]"
+    outcome = guest.execute(program, rbx=slot, rcx=top, rsi=layout.HIGH_ABSENT)
     assert guest.read(slot) == 0
-    assert (outcome.vector, outcome.rip) == (GP, slot)
+    assert (outcome.vector, outcome.rip, outcome.registers.rax) == (GP, slot, 0)
 
 
 def test_undefined_instruction_made_valid_by_its_own_handler(guest: Guest) -> None:

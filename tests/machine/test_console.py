@@ -343,6 +343,12 @@ def test_what_the_guest_wrote_last_appears_also_behind_an_error(pipe: Ends, sink
     assert received(sink) == b"last words"
 
 
+def test_a_prompt_on_a_raw_terminal_is_not_continued_by_others(terminal: Ends, sink: Ends) -> None:
+    with joined(Guest(), terminal, sink, raw=True) as console:
+        console.write(b"/ # ")
+    assert received(sink) == b"/ # \r\n"
+
+
 def test_a_reader_that_left_is_a_broken_pipe(pipe: Ends, sink: Ends) -> None:
     sink.close_far()
     with pytest.raises(BrokenPipeError), joined(Guest(), pipe, sink) as console:

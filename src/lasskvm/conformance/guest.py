@@ -17,7 +17,7 @@ from lasskvm.kvm import Exit, HltExit, IntrExit, Regs, Sregs, Vm
 from lasskvm.x86.cpuid import parse_cpu
 from lasskvm.x86.exceptions import has_error_code, vector_name
 from lasskvm.x86.paging import PTE_A, PTE_D
-from lasskvm.x86.registers import RFLAGS_FIXED
+from lasskvm.x86.registers import CR4_LA57, RFLAGS_FIXED
 
 __all__ = ["Guest", "Outcome"]
 
@@ -79,7 +79,7 @@ class Outcome:
 
 
 class Guest:
-    """One guest, used for many programs; ``cpu`` is a CPU model as ``--cpu`` takes it.
+    """One guest, used for many programs; *cpu* is a CPU model as ``--cpu`` takes it, *levels* those of its page tables.
 
     After :meth:`reset`, memory, ``tables``, ``msrs`` and what :meth:`configure` set are as at the start. Attributes that
     may be changed for the next programs:
@@ -92,7 +92,7 @@ class Guest:
         Model-specific registers to set, by index.
     """
 
-    def __init__(self, cpu: str = "max") -> None:
+    def __init__(self, cpu: str = "max", *, levels: int = 4) -> None:
         self.vm = Vm()
         self.vm.set_user_memory_region(0, 0, self.vm.allocate(layout.MEMORY_BYTES))
         self.memory = self.vm.memory
@@ -102,7 +102,7 @@ class Guest:
         layout.write_tables(self.memory)
         for vector in range(layout.VECTORS):
             self.memory.write(layout.HANDLERS_GPA + vector * layout.HANDLER_BYTES, _HLT)
-        self.tables = PageTables(self.memory)
+        self.tables = PageTables(self.memory, levels)
         self.tables.map_layout()
         self._pristine_tables = self.tables.next_free
         self._pristine = [(start, self.memory.read(start, end - start)) for start, end in _RESTORED]
@@ -115,6 +115,8 @@ class Guest:
             self.memory.write(start, content)
         self.tables.next_free = self._pristine_tables
         self.cr0, self.cr4, self.efer = layout.DEFAULT_CR0, layout.DEFAULT_CR4, layout.DEFAULT_EFER
+        if self.tables.levels > layout.DEFAULT_LEVELS:
+            self.cr4 |= CR4_LA57
         self.sregs: dict[str, object] = {}
         self.msrs: dict[int, int] = {}
 

@@ -124,6 +124,8 @@ _PRESENT = PTE_P | PTE_W
 _INDEX_MASK = 0x1FF
 _ENTRY_BYTES = 8
 _ENTRY_ADDRESS = (1 << 52) - PAGE_SIZE
+#: Levels of page tables, and with CR4.LA57.
+DEFAULT_LEVELS = 4
 _LEVEL_SHIFTS = {4: (39, 30, 21), 5: (48, 39, 30, 21)}
 _PAGE_SHIFT = 12
 
@@ -131,8 +133,9 @@ _PAGE_SHIFT = 12
 class PageTables:
     """4-level (or 5-level) page tables with 4 KiB pages, in guest memory from ``TABLES_GPA`` on."""
 
-    def __init__(self, memory: GuestMemory, levels: int = 4) -> None:
+    def __init__(self, memory: GuestMemory, levels: int = DEFAULT_LEVELS) -> None:
         self._memory = memory
+        self.levels = levels
         self._shifts = _LEVEL_SHIFTS[levels]
         self.root = TABLES_GPA
         #: Where the next table goes.

@@ -11,8 +11,8 @@ UC, CPU, ENV, STATE, MEMORY = range(5)
 (
     FN_EMU_START, FN_EMU_STOP, FN_TLB_SET_PAGE, FN_TLB_FLUSH, FN_LOOP_EXIT_RESTORE, FN_RESTORE_STATE,
     FN_LOOP_EXIT_NOEXC, FN_CC_COMPUTE_ALL, FN_UPDATE_DR7, FN_INVALIDATE_RANGE, FN_MONOTONIC,
-    FN_PORT_READ, FN_PORT_WRITE, FN_TLB_SET_DIRTY,
-) = range(8, 22)  # fmt: skip
+    FN_PORT_READ, FN_PORT_WRITE, FN_TLB_SET_DIRTY, FN_TLB_FLUSH_PAGE, FN_TLB_FLUSH_INDEXES,
+) = range(8, 24)  # fmt: skip
 
 # The exit record: why the guest stopped. What the detail words mean is said with the EXIT_* reasons.
 EXIT_REASON, EXIT_VECTOR, EXIT_ERROR_CODE, EXIT_ADDRESS, EXIT_FLAGS = range(24, 29)
@@ -42,13 +42,20 @@ ONES_GPA, SINK_GPA = range(46, 48)
 EMU_RESULT = 56
 #: Two words for ``clock_gettime``.
 HOST_TIME = 58
+#: Four words for the results of functions that Python calls.
+RESULT = 60
 #: Whether to ask for an exit as soon as the guest can take an interrupt.
 WANT_INTERRUPT_WINDOW = 57
+
+#: What the next change of CR3 has to forget beside global pages: supervisor pages in a list, and user pages at all.
+USER_PAGES, LOCAL_COUNT = 54, 55
+LOCAL_PAGES = 100
+LOCAL_PAGES_KEPT = 16
 
 #: RAM addresses of the memory slots in Unicorn's own numbering, in slot-table order.
 SLOT_RAM_ADDRESS = 64
 
-CONTEXT_WORDS = 96
+CONTEXT_WORDS = LOCAL_PAGES + LOCAL_PAGES_KEPT
 
 # ------------------------------------------------------------------------------------------------- exit reasons
 #: The block deadline was reached, or somebody called stop.

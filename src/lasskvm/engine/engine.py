@@ -24,7 +24,8 @@ from lasskvm.engine.calibration import calibrate, library_function
 from lasskvm.engine.interpose import skip_dirty_reset
 from lasskvm.errors import HostError
 from lasskvm.memory import PAGE_CODE, PAGE_SHIFT, PAGE_SIZE, SLOT_WORDS, TABLE_FIRST, GuestMemory, Slot
-from lasskvm.state import VcpuState
+from lasskvm.state import VcpuState, Words
+from lasskvm.x86.paging import PhysicalMemory
 
 __all__ = ["Engine", "EngineExit", "PortHandler"]
 
@@ -63,9 +64,8 @@ class EngineExit:
 class Engine:
     """Direct execution of one vCPU.
 
-    *features* are eight CPUID words in the order of ``env->features`` (leaf 1 EDX, 1 ECX, 7.0 EBX, 7.0 ECX, 7.0 EDX,
-    7.1 EAX, 80000001H EDX, ECX): what is missing in them is #UD in the guest. *ports* is called for port I/O that IOPL
-    and the TSS allow. Raises :class:`HostError` when the installed Unicorn is not the pinned one.
+    *ports* is called for port I/O that IOPL and the TSS allow. Raises :class:`HostError` when the installed Unicorn is not
+    the pinned one.
     """
 
     def __init__(self, state: VcpuState, memory: GuestMemory, ports: PortHandler) -> None:
@@ -96,9 +96,19 @@ class Engine:
         self._forget_code = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)(
             entry.forget_code.address
         )
+        self._translate = ctypes.CFUNCTYPE(None, *[ctypes.c_uint64] * 6)(entry.translate_linear.address)
         self._remap()
         memory.on_layout_change = self._remap
         memory.on_code_store = self._code_stored
+
+    def translate(
+        self, words: Words, memory: PhysicalMemory, address: int, size: int, flags: int, cpl: int, rflags: int
+    ) -> tuple[int, int, int, int]:
+        """:func:`lasskvm.emulator.mmu.translate`, compiled; *words* and *memory* must be this engine's."""
+        del words, memory
+        self._translate(self._context_address, address, size, flags, cpl, rflags)
+        gpa, permissions, vector, error_code = self._context_words[c.RESULT : c.RESULT + 4]
+        return gpa, permissions, vector, error_code
 
     # ---------------------------------------------------------------------------------------------- running
 
@@ -184,7 +194,11 @@ class Engine:
         return hit, borrowed
 
     def set_features(self, features: tuple[int, ...]) -> None:
-        """Gate the translator by the guest's CPUID (see the class); instructions that it gets wrong stay gated off."""
+        """Gate the translator by the guest's CPUID: what is missing there is #UD in the guest.
+
+        *features* are eight words in the order of ``env->features`` (leaf 1 EDX, 1 ECX, 7.0 EBX, 7.0 ECX, 7.0 EDX,
+        7.1 EAX, 80000001H EDX, ECX). Instructions that the translator gets wrong stay gated off.
+        """
         for word, (guest, hidden) in enumerate(zip(features, _EMULATED_FEATURES, strict=True)):
             private.set_feature(self._env, word, self._native_features[word] & guest & ~hidden)
 
@@ -333,6 +347,8 @@ _FLUSH = ctypes.CFUNCTYPE(None, ctypes.c_uint64)
 _LIBRARY_FUNCTIONS = {
     c.FN_TLB_SET_PAGE: "tlb_set_page",
     c.FN_TLB_FLUSH: "tlb_flush",
+    c.FN_TLB_FLUSH_PAGE: "tlb_flush_page_by_mmuidx",
+    c.FN_TLB_FLUSH_INDEXES: "tlb_flush_by_mmuidx",
     c.FN_TLB_SET_DIRTY: "tlb_set_dirty",
     c.FN_LOOP_EXIT_RESTORE: "cpu_loop_exit_restore",
     c.FN_RESTORE_STATE: "cpu_restore_state",

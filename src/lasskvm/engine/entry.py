@@ -2,6 +2,7 @@
 
 from numba import types
 
+from lasskvm.emulator.mmu import translate
 from lasskvm.engine.context import (
     CPU,
     EMU_RESULT,
@@ -12,6 +13,7 @@ from lasskvm.engine.context import (
     FN_EMU_START,
     FN_UPDATE_DR7,
     MEMORY,
+    RESULT,
     STATE,
     UC,
     WANT_INTERRUPT_WINDOW,
@@ -31,7 +33,7 @@ from lasskvm.engine.private import (
 from lasskvm.engine.watch import translated_dr7
 from lasskvm.state import DR7, RIP, STATE_WORDS, TLB_FLUSH
 
-__all__ = ["enter", "forget_code"]
+__all__ = ["enter", "forget_code", "translate_linear"]
 
 _emu_start = foreign_function(32, 64, 64, 64, 64, 64)
 
@@ -64,6 +66,20 @@ def run(context: int) -> None:
     result = _emu_start(load64(context + 8 * FN_EMU_START), load64(context + 8 * UC), state[RIP], 0, 0, 0)
     store64(context + 8 * EMU_RESULT, result)
     save_state(env, state, load64(context + 8 * FN_CC_COMPUTE_ALL))
+
+
+@callback(
+    types.void, types.uint64, types.uint64, types.uint64, types.uint64, types.uint64, types.uint64
+)
+def translate_linear(context, address, size, flags, cpl, rflags):  # type: ignore[no-untyped-def]
+    """:func:`lasskvm.emulator.mmu.translate` for Python; the four results are left in the context's ``RESULT`` words."""
+    state = words(load64(context + 8 * STATE), STATE_WORDS)
+    memory = load64(context + 8 * MEMORY)
+    gpa, permissions, vector, error_code = translate(state, memory, address, size, flags, cpl, rflags)
+    store64(context + 8 * RESULT, gpa)
+    store64(context + 8 * (RESULT + 1), permissions)
+    store64(context + 8 * (RESULT + 2), vector)
+    store64(context + 8 * (RESULT + 3), error_code)
 
 
 @callback(types.void, types.uint64, types.uint64, types.uint64)

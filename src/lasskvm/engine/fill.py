@@ -27,15 +27,21 @@ from lasskvm.engine.context import (
     FN_LOOP_EXIT_RESTORE,
     FN_RESTORE_STATE,
     FN_TLB_FLUSH,
+    FN_TLB_FLUSH_INDEXES,
+    FN_TLB_FLUSH_PAGE,
     FN_TLB_SET_DIRTY,
     FN_TLB_SET_PAGE,
     IDENTITY_FILL,
+    LOCAL_COUNT,
+    LOCAL_PAGES,
+    LOCAL_PAGES_KEPT,
     MEMORY,
     ONES_GPA,
     SINK_GPA,
     SLOT_RAM_ADDRESS,
     STATE,
     UC,
+    USER_PAGES,
     WATCH_BORROWED_TF,
     WATCH_HIT,
 )
@@ -45,6 +51,8 @@ from lasskvm.engine.native import words_at as words
 from lasskvm.engine.physical import find_slot
 from lasskvm.engine.private import (
     CPU_ENV,
+    MMU_KERNEL,
+    MMU_KERNEL_NO_SMAP,
     MMU_USER,
     context_of,
     guest_cpl,
@@ -64,10 +72,10 @@ from lasskvm.memory import (
     SLOT_WRITE_EPOCHS,
 )
 from lasskvm.state import STATE_WORDS
-from lasskvm.x86.paging import PERM_R, PERM_W, PERM_X
+from lasskvm.x86.paging import PERM_GLOBAL, PERM_R, PERM_W, PERM_X
 from lasskvm.x86.registers import MASK64, RFLAGS_TF
 
-__all__ = ["fill", "flush_tlb", "invalidate_page", "tlb_fill"]
+__all__ = ["fill", "flush_local", "flush_tlb", "invalidate_page", "tlb_fill"]
 
 _PAGE_MASK = MASK64 ^ 0xFFF
 _PAGE_SIZE = 0x1000
@@ -75,11 +83,18 @@ _PAGE_SHIFT = 12
 #: A TLB entry of this size makes every access come back to the fill.
 _EVERY_ACCESS = 1
 
+_PERM_RWX = PERM_R | PERM_W | PERM_X
+#: Masks of MMU indexes.
+_USER_INDEXES = 1 << MMU_USER
+_SUPERVISOR_INDEXES = 1 << MMU_KERNEL | 1 << MMU_KERNEL_NO_SMAP
+
 #: Unicorn's access types.
 _ACCESS_STORE, _ACCESS_FETCH = 1, 2
 
 _tlb_set_page = foreign_function(0, 64, 64, 64, 32, 32, 64)
 _tlb_flush = foreign_function(0, 64)
+_tlb_flush_page = foreign_function(0, 64, 64, 32)
+_tlb_flush_indexes = foreign_function(0, 64, 32)
 _tlb_set_dirty = foreign_function(0, 64, 64)
 _invalidate_range = foreign_function(0, 64, 64, 64)
 _loop_exit_restore = foreign_function(0, 64, 64)
@@ -145,7 +160,8 @@ def fill(
             _install_hole(cpu, context, address, permissions, flags, mmu_index)
             return 1
         permissions &= PERM_R | PERM_X
-    permissions = _keep_write_xor_execute(cpu, context, memory, slot, page, permissions, flags)
+    is_global = permissions & PERM_GLOBAL
+    permissions = _keep_write_xor_execute(cpu, context, memory, slot, page, permissions & _PERM_RWX, flags)
     if permissions & PERM_W != 0:
         page_flags = load64(slot + 8 * SLOT_PAGE_FLAGS) + page
         store8(page_flags, load8(page_flags) | PAGE_DIRTY)
@@ -159,6 +175,8 @@ def fill(
             store64(context + 8 * WATCH_BORROWED_TF, (rflags & RFLAGS_TF) ^ RFLAGS_TF)
             set_single_step(env, RFLAGS_TF)
             _loop_exit_noexc(load64(context + 8 * FN_LOOP_EXIT_NOEXC), cpu)
+    if is_global == 0:
+        _note_local_page(context, address & _PAGE_MASK, mmu_index)
     extent = _PAGE_SIZE
     if every_access:
         extent = _EVERY_ACCESS
@@ -175,6 +193,17 @@ def _install(
     _tlb_set_page(
         load64(context + 8 * FN_TLB_SET_PAGE), cpu, address & _PAGE_MASK, gpa & _PAGE_MASK, permissions, mmu_index, extent
     )
+
+
+def _note_local_page(context: int, page: int, mmu_index: int) -> None:
+    """Remember a page that is not global for :func:`flush_local`."""
+    if mmu_index == MMU_USER:
+        store64(context + 8 * USER_PAGES, 1)
+        return
+    count = load64(context + 8 * LOCAL_COUNT)
+    if count < LOCAL_PAGES_KEPT:
+        store64(context + 8 * (LOCAL_PAGES + count), page)
+    store64(context + 8 * LOCAL_COUNT, count + 1)
 
 
 def _install_hole(cpu: int, context: int, address: int, permissions: int, flags: int, mmu_index: int) -> None:
@@ -226,8 +255,28 @@ def _keep_write_xor_execute(
     return permissions & PERM_R
 
 
+def flush_local(cpu: int, context: int) -> None:
+    """Forget all translations of linear addresses but the global ones: what a write to CR3 asks for.
+
+    Kernels change CR3 for a handful of accesses (text patching); their own pages are global and stay.
+    """
+    count = load64(context + 8 * LOCAL_COUNT)
+    if count > LOCAL_PAGES_KEPT:
+        flush_tlb(cpu, context)
+        return
+    for index in range(count):
+        page = load64(context + 8 * (LOCAL_PAGES + index))
+        _tlb_flush_page(load64(context + 8 * FN_TLB_FLUSH_PAGE), cpu, page, _SUPERVISOR_INDEXES)
+    if load64(context + 8 * USER_PAGES) != 0:
+        _tlb_flush_indexes(load64(context + 8 * FN_TLB_FLUSH_INDEXES), cpu, _USER_INDEXES)
+    store64(context + 8 * LOCAL_COUNT, 0)
+    store64(context + 8 * USER_PAGES, 0)
+
+
 def flush_tlb(cpu: int, context: int) -> None:
     """Forget all translations of linear addresses."""
+    store64(context + 8 * LOCAL_COUNT, 0)
+    store64(context + 8 * USER_PAGES, 0)
     _tlb_flush(load64(context + 8 * FN_TLB_FLUSH), cpu)
     store64(context + 8 * EPOCH, (load64(context + 8 * EPOCH) + 1) & 0xFFFFFFFF)
 

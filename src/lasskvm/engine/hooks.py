@@ -63,7 +63,7 @@ from lasskvm.engine.context import (
     WATCH_BORROWED_TF,
     WATCH_HIT,
 )
-from lasskvm.engine.fill import flush_tlb
+from lasskvm.engine.fill import flush_local
 from lasskvm.engine.native import callback, foreign_function, load64, store64
 from lasskvm.engine.native import words_at as words
 from lasskvm.engine.opcode import TWO_BYTE, opcode_at_rip
@@ -242,7 +242,7 @@ def _frequent_instruction(context: int, env: int, number: int) -> bool:
             return False
         if state[TLB_FLUSH] != 0:
             state[TLB_FLUSH] = 0
-            flush_tlb(load64(context + 8 * CPU), context)
+            flush_local(load64(context + 8 * CPU), context)
         _complete(env, state, length + 1)
         return True
     if number == _EVENT_MSR and opcode == _OPCODE_WRMSR:

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 import llvmlite.binding as llvm
 import numba
@@ -37,7 +37,7 @@ from numba.extending import intrinsic, overload
 import lasskvm
 
 __all__ = [
-    "Callback", "assembled", "callback", "compiled", "foreign_function", "load8", "load16", "load32", "load64",
+    "Callback", "assembled", "callback", "compiled", "compile_all", "foreign_function", "is_compiled", "load8", "load16", "load32", "load64",
     "store8", "store16", "store32", "store64", "substitute", "words_at",
 ]  # fmt: skip
 
@@ -45,6 +45,8 @@ _PACKAGE = Path(lasskvm.__file__).parent
 #: The sources whose text decides whether cached machine code is still right.
 _NATIVE_SOURCES = ("lass.py", "memory.py", "state.py", "x86", "emulator", "engine")
 _KEPT_CACHES = 3
+#: Stands in a cache folder that has everything.
+_COMPLETE = "complete"
 
 # ---------------------------------------------------------------------------------------------------- compiling
 
@@ -78,9 +80,12 @@ _OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"
 class Callback:
     """A plain function that C code calls. Compiled when its address is first asked for."""
 
+    _all: ClassVar[list[Callback]] = []
+
     def __init__(self, function: Callable[..., Any], signature: Any) -> None:
         self.function = function
         self._signature = signature
+        self._all.append(self)
 
     @cached_property
     def address(self) -> int:
@@ -181,6 +186,18 @@ def _native_global(value: Any) -> Any:
         if isinstance(value, FunctionType) and not hasattr(value, "is_primitive"):
             return _callee(value)
     return value
+
+
+def is_compiled() -> bool:
+    """Whether the machine code of all callbacks is in the cache, so that it only has to be loaded."""
+    return (Path(numba.config.CACHE_DIR) / _COMPLETE).exists()
+
+
+def compile_all() -> None:
+    """Compile, or load from the cache, all callbacks of the modules imported so far."""
+    for one in Callback._all:
+        _ = one.address
+    (Path(numba.config.CACHE_DIR) / _COMPLETE).touch()
 
 
 def _prepare_cache() -> None:

@@ -105,7 +105,8 @@ _HF2_NMI = 1 << 2
 _CPU_INTERRUPT_HARD = 2
 _DR7_FIXED = 0x400
 
-#: MMU index of user-mode accesses; the others are supervisor-mode with SMAP in force (0) or not (2).
+#: MMU indexes: supervisor-mode accesses with SMAP in force, user-mode accesses, supervisor-mode accesses without SMAP.
+MMU_KERNEL = 0
 MMU_USER = 1
 MMU_KERNEL_NO_SMAP = 2
 

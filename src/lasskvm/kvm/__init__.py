@@ -3,6 +3,9 @@
 This is the soft provider: KVM's work, done in this process by :mod:`lasskvm.engine` and :mod:`lasskvm.emulator`.
 """
 
+from collections.abc import Callable
+
+from lasskvm.engine.native import compile_all, is_compiled
 from lasskvm.kvm.clock import Clock, HostClock, VirtualClock
 from lasskvm.kvm.exits import (
     Exit,
@@ -37,4 +40,12 @@ __all__ = [
     "Vcpu",
     "VirtualClock",
     "Vm",
+    "prepare",
 ]
+
+
+def prepare(progress: Callable[[str], None]) -> None:
+    """Have the machine code of direct execution ready; *progress* gets a line when it must be compiled first."""
+    if not is_compiled():
+        progress("compiling the engine for this machine (once, about half a minute) ...")
+    compile_all()

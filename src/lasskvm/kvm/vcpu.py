@@ -86,14 +86,20 @@ class Vcpu:
         words[CR4_ALLOWED], words[EFER_ALLOWED] = cr4_allowed(table), efer_allowed(table)
         self.cpuid = table
         self.emulation = Emulation(words, self.vm.memory, table, MsrFile(table), self.vm.clock.now)
+        if self._engine is not None:
+            self._equip(self._engine)
 
     @property
     def engine(self) -> Engine:
         """Direct execution, built when it is first needed: it compiles machine code on a machine's first use."""
         if self._engine is None:
             self._engine = Engine(self.state, self.vm.memory, (self.vm.ports.read, self.vm.ports.write))
-            self._engine.set_features(tuple(feature_word(self.cpuid, place) for place in FEATURE_WORDS))
+            self._equip(self._engine)
         return self._engine
+
+    def _equip(self, engine: Engine) -> None:
+        self.emulation.translate = engine.translate
+        engine.set_features(tuple(feature_word(self.cpuid, place) for place in FEATURE_WORDS))
 
     @property
     def executed_blocks(self) -> int:

@@ -86,6 +86,7 @@ class Console:
             # A terminal whose foreground is another process: reading from it would stop this one.
             self._input = None
         self._buffer = bytearray()
+        self._at_line_start = True
         self._uart: Uart16550 | None = None
         self._now: Callable[[], int] = lambda: 0
         self._stop: Callable[[], None] = lambda: None
@@ -118,12 +119,16 @@ class Console:
     ) -> None:
         with self._held:
             if kind is None or not issubclass(kind, BrokenPipeError | HostError):
+                if self._raw and not self._at_line_start:
+                    # What comes next on this terminal is not the guest's.
+                    self._buffer += b"\r\n"
                 self.flush()
 
     def write(self, data: bytes) -> None:
         """Take output of the guest, which appears at the end of a line or with the next :meth:`idle`."""
         self._buffer += data
-        if data.endswith(b"\n") or len(self._buffer) >= _OUTPUT_BUFFER:
+        self._at_line_start = data.endswith(b"\n")
+        if self._at_line_start or len(self._buffer) >= _OUTPUT_BUFFER:
             self.flush()
 
     def flush(self) -> None:

@@ -26,6 +26,7 @@ from lasskvm.x86.registers import (
     CR0_WP,
     CR4_LA57,
     CR4_PAE,
+    CR4_PGE,
     CR4_PSE,
     CR4_SMAP,
     CR4_SMEP,
@@ -36,6 +37,7 @@ from lasskvm.x86.registers import (
 )
 
 __all__ = [
+    "PERM_GLOBAL",
     "PERM_R",
     "PERM_W",
     "PERM_X",
@@ -58,6 +60,8 @@ __all__ = [
 PERM_R = 1 << 0
 PERM_W = 1 << 1
 PERM_X = 1 << 2
+#: The translation is a global one: it survives a change of CR3 (SDM 4.10.2.4).
+PERM_GLOBAL = 1 << 3
 _PERM_ALL = PERM_R | PERM_W | PERM_X
 
 # Paging-structure entries
@@ -185,6 +189,8 @@ def walk(
         store_physical(memory, entry_gpa, entry_bytes, marked)
     if (marked & PTE_D) == 0:
         permissions = permissions & (PERM_R | PERM_X)
+    if (marked & PTE_G) != 0 and (cr4 & CR4_PGE) != 0:
+        permissions = permissions | PERM_GLOBAL
     return frame | (address & offset), permissions, 0
 
 
