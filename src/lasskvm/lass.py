@@ -57,7 +57,9 @@ _RFLAGS_AC_BIT = 18
 _MASK64 = (1 << 64) - 1
 
 
-def is_lass_violation(address: int, size: int, flags: int, cpl: int, cr4: int, efer: int, rflags: int) -> bool:
+def is_lass_violation(
+    address: int, size: int, flags: int, cpl: int, cr4: int, efer: int, rflags: int
+) -> bool:
     """Whether an access of *size* bytes at linear *address* violates LASS.
 
     *size* counts bytes (0 means the one address, as KVM has it; below 2**63); every byte must be on the allowed side,

@@ -90,9 +90,13 @@ class GuestMemory:
         """
         size = len(buffer)
         if gpa % PAGE_SIZE or size % PAGE_SIZE or not size:
-            raise MemoryLayoutError(f"memory slot {number} at {gpa:#x} with {size:#x} bytes is not page-aligned")
+            raise MemoryLayoutError(
+                f"memory slot {number} at {gpa:#x} with {size:#x} bytes is not page-aligned"
+            )
         if gpa + size > _MAX_GPA:
-            raise MemoryLayoutError(f"memory slot {number} ends at {gpa + size:#x}, beyond 52 physical address bits")
+            raise MemoryLayoutError(
+                f"memory slot {number} ends at {gpa + size:#x}, beyond 52 physical address bits"
+            )
         others = [slot for slot in self._slots if slot.number != number]
         for other in others:
             if gpa < other.end and other.gpa < gpa + size:

@@ -19,6 +19,7 @@ from lasskvm.kvm import (
     Regs,
     ShutdownExit,
 )
+from lasskvm.kvm import vcpu
 from lasskvm.memory import PAGE_SIZE
 from lasskvm.x86.paging import PTE_P, PTE_U, PTE_W
 
@@ -27,6 +28,12 @@ CODE_BYTES = 256
 HOLE = 1 << 32
 GENERAL = ("rax", "rcx", "rdx", "rbx", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
 RUNS_PER_GUEST = 3
+
+
+@pytest.fixture(autouse=True)
+def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let endless programs come back soon."""
+    monkeypatch.setattr(vcpu, "_SLICE_BLOCKS", 2_000)
 
 
 def random_registers(rng: random.Random) -> dict[str, int]:

@@ -25,7 +25,8 @@ class Emulation:
     ``read_tsc`` gives the host side of the time-stamp counter; what the guest reads is that plus the offset
     that the MSR file keeps. ``halted`` is set by HLT and cleared by whoever delivers an event.
     ``translate`` is :func:`lasskvm.emulator.mmu.translate`; direct execution puts a compiled form there,
-    because it makes the instruction fetch of every exit several times faster.
+    because it makes the instruction fetch of every exit several times faster. ``prefetched`` holds the bytes
+    at RIP where direct execution has left them; whoever sets it takes it back when RIP moves.
     """
 
     words: Words
@@ -35,3 +36,4 @@ class Emulation:
     read_tsc: Callable[[], int]
     halted: bool = False
     translate: Translate = translate
+    prefetched: bytes = b""

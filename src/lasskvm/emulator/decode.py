@@ -159,6 +159,10 @@ def fetch_instruction(ctx: Emulation) -> Decoded:
     """
     words = ctx.words
     bits = code_bits(words)
+    if ctx.prefetched and bits == 64:
+        decoded = decode(bits, ctx.prefetched)
+        if isinstance(decoded, Decoded):
+            return decoded
     start = linear_address(words, registers.CS, words[RIP])
     if bits != 64:
         linearize(ctx, registers.CS, words[RIP], 1, FETCH)

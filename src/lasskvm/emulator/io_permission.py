@@ -30,13 +30,19 @@ def check_port_access(
         return 0, 0, 0
     attributes = state[_TR + ATTRIBUTES]
     kind = attributes & AR_TYPE
-    if attributes & AR_UNUSABLE != 0 or attributes & AR_P == 0 or (kind != _TSS_AVAILABLE and kind != _TSS_BUSY):
+    if (
+        attributes & AR_UNUSABLE != 0
+        or attributes & AR_P == 0
+        or (kind != _TSS_AVAILABLE and kind != _TSS_BUSY)
+    ):
         return GP, 0, 0
     limit = state[_TR + LIMIT]
     if limit < _IO_MAP_BASE + 1:
         return GP, 0, 0
     base = state[_TR + BASE]
-    bitmap, vector, error_code, address = load_linear(state, memory, base + _IO_MAP_BASE, 2, IMPLICIT, cpl, rflags)
+    bitmap, vector, error_code, address = load_linear(
+        state, memory, base + _IO_MAP_BASE, 2, IMPLICIT, cpl, rflags
+    )
     if vector != 0:
         return vector, error_code, address
     # The processor always reads two bytes of the bitmap, and both must lie within the limit.

@@ -102,7 +102,14 @@ def load_linear(
 
 
 def store_linear(
-    state: Words, memory: PhysicalMemory, address: int, size: int, value: int, flags: int, cpl: int, rflags: int
+    state: Words,
+    memory: PhysicalMemory,
+    address: int,
+    size: int,
+    value: int,
+    flags: int,
+    cpl: int,
+    rflags: int,
 ) -> tuple[int, int, int]:
     """Store 1 to 8 bytes, all or nothing: ``(vector, error_code, fault_address)``; *flags* without ``WRITE``."""
     flags = flags | WRITE

@@ -151,7 +151,10 @@ def _check_features(env: int) -> None:
 
     def leaf(function: int) -> tuple[int, ...]:
         cpuid(
-            ctypes.c_void_p(env), ctypes.c_uint32(function), ctypes.c_uint32(0), *(ctypes.byref(r) for r in results)
+            ctypes.c_void_p(env),
+            ctypes.c_uint32(function),
+            ctypes.c_uint32(0),
+            *(ctypes.byref(r) for r in results),
         )
         return tuple(result.value for result in results)
 
@@ -159,4 +162,3 @@ def _check_features(env: int) -> None:
         _require(private.feature(env, 0) & _MASK16 == leaf(_CPUID_FEATURES)[_EDX] & _MASK16)
         _require(private.feature(env, 2) == leaf(_CPUID_STRUCTURED_FEATURES)[_EBX])
         _require(private.feature(env, 7) == leaf(_CPUID_EXTENDED_FEATURES)[_ECX])
-

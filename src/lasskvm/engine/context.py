@@ -3,7 +3,6 @@
 The constants are word indices. Addresses are host addresses; ``FN_*`` words hold addresses of C functions.
 """
 
-# ruff: noqa: E501
 # Where things are
 UC, CPU, ENV, STATE, MEMORY = range(5)
 
@@ -44,6 +43,8 @@ EMU_RESULT = 56
 HOST_TIME = 58
 #: Four words for the results of functions that Python calls.
 RESULT = 60
+#: The bytes at RIP of an intercepted instruction, two words, and how many of them there are (0: not known).
+INSTRUCTION, INSTRUCTION_BYTES = 116, 118
 #: Whether to ask for an exit as soon as the guest can take an interrupt.
 WANT_INTERRUPT_WINDOW = 57
 
@@ -55,7 +56,7 @@ LOCAL_PAGES_KEPT = 16
 #: RAM addresses of the memory slots in Unicorn's own numbering, in slot-table order.
 SLOT_RAM_ADDRESS = 64
 
-CONTEXT_WORDS = LOCAL_PAGES + LOCAL_PAGES_KEPT
+CONTEXT_WORDS = 120
 
 # ------------------------------------------------------------------------------------------------- exit reasons
 #: The block deadline was reached, or somebody called stop.

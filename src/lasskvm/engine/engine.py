@@ -59,13 +59,18 @@ class EngineExit:
     error_code: int = 0
     address: int = 0
     flags: int = 0
+    #: What is known of the bytes at RIP when an instruction was intercepted.
+    instruction: bytes = b""
+
+
+_STOPPED = EngineExit(c.EXIT_STOPPED)
 
 
 class Engine:
     """Direct execution of one vCPU.
 
-    *ports* is called for port I/O that IOPL and the TSS allow. Raises :class:`HostError` when the installed Unicorn is not
-    the pinned one.
+    *ports* is called for port I/O that IOPL and the TSS allow. Raises :class:`HostError` when the installed Unicorn is
+    not the pinned one.
     """
 
     def __init__(self, state: VcpuState, memory: GuestMemory, ports: PortHandler) -> None:
@@ -87,7 +92,9 @@ class Engine:
         self._env = self._cpu + private.CPU_ENV
         self.context = np.zeros(c.CONTEXT_WORDS, np.uint64)
         self._context_address = int(self.context.ctypes.data)
-        self._context_words = memoryview(self.context).cast("B").cast("Q")
+        self._context_words = memoryview(self.context.data).cast("B").cast("Q")
+        first = 8 * c.INSTRUCTION
+        self._instruction = memoryview(self.context.data).cast("B")[first : first + 16]
         self._mapped: dict[int, tuple[int, int]] = {}
         self._hooks: list[ctypes.c_size_t] = []
         self._fill_context()
@@ -127,12 +134,15 @@ class Engine:
                 f"Unicorn stopped with error {words[c.EMU_RESULT]} ({unicorn.UcError(words[c.EMU_RESULT])}); "
                 "please report this with the guest that caused it"
             )
+        reason = words[c.EXIT_REASON]
+        if reason == c.EXIT_STOPPED:
+            return _STOPPED
+        vector = words[c.EXIT_VECTOR]
+        if reason == c.EXIT_INTERCEPT:
+            instruction = bytes(self._instruction[: words[c.INSTRUCTION_BYTES]])
+            return EngineExit(reason, vector, instruction=instruction)
         return EngineExit(
-            words[c.EXIT_REASON],
-            words[c.EXIT_VECTOR],
-            words[c.EXIT_ERROR_CODE],
-            words[c.EXIT_ADDRESS],
-            words[c.EXIT_FLAGS],
+            reason, vector, words[c.EXIT_ERROR_CODE], words[c.EXIT_ADDRESS], words[c.EXIT_FLAGS]
         )
 
     def run_until(self, rip: int) -> EngineExit:
@@ -144,7 +154,7 @@ class Engine:
             self._uc.ctl_set_exits([])
         if result.reason == c.EXIT_INTERCEPT and result.vector == c.SVM_EXIT_HLT and self._at(rip):
             # Unicorn ends a run at an address by a HLT of its own, which is intercepted like any other.
-            return EngineExit(c.EXIT_STOPPED)
+            return _STOPPED
         return result
 
     def _at(self, linear: int) -> bool:
@@ -178,7 +188,11 @@ class Engine:
     def set_time_stamp(self, counter: int, per_block: int) -> None:
         """Set what RDTSC gives: *counter* now, and *per_block* more for each block, or the host's nanoseconds."""
         words = self._context_words
-        elapsed = hooks.host_nanoseconds(self._context_address) if words[c.HOST_DEADLINE] else self.blocks * per_block
+        elapsed = (
+            hooks.host_nanoseconds(self._context_address)
+            if words[c.HOST_DEADLINE]
+            else self.blocks * per_block
+        )
         words[c.TSC_BASE] = (counter - elapsed) % (1 << 64)
         words[c.TSC_PER_BLOCK] = per_block
 
@@ -248,7 +262,9 @@ class Engine:
         msr_map = _MSR_MAP_PAGE * PAGE_SIZE
         self._private[msr_map : msr_map + 2 * PAGE_SIZE] = b"\xff" * (2 * PAGE_SIZE)
         vmcb = _VMCB_PAGE * PAGE_SIZE
-        self._private[vmcb + _VMCB_MSR_MAP : vmcb + _VMCB_MSR_MAP + 8] = (_PRIVATE_GPA + msr_map).to_bytes(8, "little")
+        self._private[vmcb + _VMCB_MSR_MAP : vmcb + _VMCB_MSR_MAP + 8] = (_PRIVATE_GPA + msr_map).to_bytes(
+            8, "little"
+        )
         instructions = sum(1 << (code - c.SVM_EXIT_FIRST_INSTRUCTION) for code in _INTERCEPTED)
         private.set_intercepts(
             self._env, _PRIVATE_GPA + vmcb, instructions, _CR_READS, _CR_WRITES, _ALL_DEBUG_REGISTERS,

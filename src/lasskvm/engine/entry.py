@@ -1,5 +1,7 @@
 """VM entry and exit: the state words into the translator, a run, and back."""
 
+from typing import Any
+
 from numba import types
 
 from lasskvm.emulator.mmu import translate
@@ -68,13 +70,11 @@ def run(context: int) -> None:
     save_state(env, state, load64(context + 8 * FN_CC_COMPUTE_ALL))
 
 
-@callback(
-    types.void, types.uint64, types.uint64, types.uint64, types.uint64, types.uint64, types.uint64
-)
+@callback(types.void, types.uint64, types.uint64, types.uint64, types.uint64, types.uint64, types.uint64)
 def translate_linear(context, address, size, flags, cpl, rflags):  # type: ignore[no-untyped-def]
-    """:func:`lasskvm.emulator.mmu.translate` for Python; the four results are left in the context's ``RESULT`` words."""
+    """:func:`lasskvm.emulator.mmu.translate` for Python; its results are left in the ``RESULT`` words."""
     state = words(load64(context + 8 * STATE), STATE_WORDS)
-    memory = load64(context + 8 * MEMORY)
+    memory: Any = load64(context + 8 * MEMORY)
     gpa, permissions, vector, error_code = translate(state, memory, address, size, flags, cpl, rflags)
     store64(context + 8 * RESULT, gpa)
     store64(context + 8 * (RESULT + 1), permissions)

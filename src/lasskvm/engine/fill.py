@@ -8,6 +8,8 @@ The fill also keeps W^X per physical page: a page is never writable through a fa
 it exists, through whatever alias. Unicorn alone would miss writes behind the first (ENGINE pitfall 3).
 """
 
+from typing import Any
+
 from numba import types
 
 from lasskvm.emulator.mmu import translate
@@ -102,7 +104,16 @@ _restore_state = foreign_function(8, 64, 64, 8)
 _loop_exit_noexc = foreign_function(0, 64)
 
 
-@callback(types.uint8, types.uint64, types.uint64, types.uint32, types.uint32, types.uint32, types.uint8, types.uint64)
+@callback(
+    types.uint8,
+    types.uint64,
+    types.uint64,
+    types.uint32,
+    types.uint32,
+    types.uint32,
+    types.uint8,
+    types.uint64,
+)
 def tlb_fill(cpu, address, size, access, mmu_index, probe, return_address):  # type: ignore[no-untyped-def]
     """``CPUClass.tlb_fill``: install a TLB entry and return 1, or raise the guest's fault.
 
@@ -122,7 +133,7 @@ def fill(
         return 1
     store64(context + 8 * COUNT_FILLS, load64(context + 8 * COUNT_FILLS) + 1)
     state = words(load64(context + 8 * STATE), STATE_WORDS)
-    memory = load64(context + 8 * MEMORY)
+    memory: Any = load64(context + 8 * MEMORY)
     cpl = guest_cpl(env)
     rflags = guest_rflags(env)
     flags = 0
@@ -191,7 +202,13 @@ def _install(
     cpu: int, context: int, address: int, gpa: int, permissions: int, mmu_index: int, extent: int
 ) -> None:
     _tlb_set_page(
-        load64(context + 8 * FN_TLB_SET_PAGE), cpu, address & _PAGE_MASK, gpa & _PAGE_MASK, permissions, mmu_index, extent
+        load64(context + 8 * FN_TLB_SET_PAGE),
+        cpu,
+        address & _PAGE_MASK,
+        gpa & _PAGE_MASK,
+        permissions,
+        mmu_index,
+        extent,
     )
 
 
@@ -286,8 +303,9 @@ def invalidate_page(cpu: int, context: int, memory: int, slot: int, page: int) -
     store64(context + 8 * COUNT_CODE_INVALIDATIONS, load64(context + 8 * COUNT_CODE_INVALIDATIONS) + 1)
     index = (slot - memory) // (8 * SLOT_WORDS)
     start = load64(context + 8 * (SLOT_RAM_ADDRESS + index)) + (page << _PAGE_SHIFT)
-    _invalidate_range(load64(context + 8 * FN_INVALIDATE_RANGE), load64(context + 8 * UC), start, start + _PAGE_SIZE)
+    _invalidate_range(
+        load64(context + 8 * FN_INVALIDATE_RANGE), load64(context + 8 * UC), start, start + _PAGE_SIZE
+    )
     page_flags = load64(slot + 8 * SLOT_PAGE_FLAGS) + page
     store8(page_flags, load8(page_flags) & (0xFF ^ PAGE_CODE))
     flush_tlb(cpu, context)
-

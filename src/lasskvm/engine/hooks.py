@@ -6,11 +6,14 @@ spot, by compiled versions of the emulator's own functions on the state words: p
 writes of segment-base MSRs. All others end the run with an exit reason for Python.
 """
 
+from typing import Any
+
 from numba import types
 
 from lasskvm.emulator.control import set_cr3
 from lasskvm.emulator.delivery import EXCEPTION, deliver64
 from lasskvm.emulator.io_permission import check_port_access
+from lasskvm.emulator.mmu import translate
 from lasskvm.emulator.msrs import write_base_msr
 from lasskvm.emulator.syscalls import syscall64, sysenter, sysret
 from lasskvm.engine.context import (
@@ -50,6 +53,8 @@ from lasskvm.engine.context import (
     HOST_DEADLINE,
     HOST_POLL_BLOCKS,
     HOST_TIME,
+    INSTRUCTION,
+    INSTRUCTION_BYTES,
     MEMORY,
     PORT_CLAIMED,
     STATE,
@@ -67,6 +72,7 @@ from lasskvm.engine.fill import flush_local
 from lasskvm.engine.native import callback, foreign_function, load64, store64
 from lasskvm.engine.native import words_at as words
 from lasskvm.engine.opcode import TWO_BYTE, opcode_at_rip
+from lasskvm.engine.physical import load_physical
 from lasskvm.engine.private import (
     clear_interrupt_window,
     clear_single_step,
@@ -103,9 +109,21 @@ from lasskvm.x86.exceptions import DB, GP, PF, UD
 from lasskvm.x86.opcodes import ONE_BYTE_RMW, TWO_BYTE_RMW, is_rmw_opcode
 from lasskvm.x86.registers import CR4_TSD, EFER_LMA, MASK32, RFLAGS_RF, RFLAGS_TF
 
-__all__ = ["on_deadline", "on_event", "on_port_read", "on_port_write", "on_rdtsc", "on_rdtscp", "on_syscall", "on_sysenter"]
+__all__ = [
+    "on_deadline",
+    "on_event",
+    "on_port_read",
+    "on_port_write",
+    "on_rdtsc",
+    "on_rdtscp",
+    "on_syscall",
+    "on_sysenter",
+]
 
 _PAGE_SHIFT = 12
+_PAGE_SIZE = 0x1000
+_LONGEST_INSTRUCTION = 15
+_WORD_BYTES = 8
 _REX_W_SHIFT = 3
 _REX_B = 1
 _OPCODE_MOV_TO_CR = TWO_BYTE + 0x22
@@ -179,9 +197,32 @@ def _exit_event(context: int, number: int, error_code: int) -> None:
     if number >= _EVENT_EXCEPTION_FIRST and number < _EVENT_EXCEPTION_END:
         end_run(context, EXIT_EXCEPTION, number - _EVENT_EXCEPTION_FIRST, error_code, 0, 0)
     elif number >= SVM_EXIT_BASE:
+        _note_instruction(context)
         end_run(context, EXIT_INTERCEPT, number - SVM_EXIT_BASE, error_code, 0, 0)
     else:
         end_run(context, EXIT_EXCEPTION, number, error_code, 0, 0)
+
+
+def _note_instruction(context: int) -> None:
+    """Leave the bytes at RIP in the context, up to the page's end, so that Python need not walk the page tables."""
+    env = load64(context + 8 * ENV)
+    state = words(load64(context + 8 * STATE), STATE_WORDS)
+    memory: Any = load64(context + 8 * MEMORY)
+    rip = guest_linear_rip(env)
+    size = _PAGE_SIZE - (rip & (_PAGE_SIZE - 1))
+    if size > _LONGEST_INSTRUCTION:
+        size = _LONGEST_INSTRUCTION
+    gpa, _, vector, _ = translate(state, memory, rip, size, FETCH, guest_cpl(env), 0)
+    store64(context + 8 * INSTRUCTION_BYTES, 0)
+    if vector != 0:
+        return
+    first = size
+    if size > _WORD_BYTES:
+        first = _WORD_BYTES
+        rest = load_physical(memory, gpa + _WORD_BYTES, size - _WORD_BYTES)
+        store64(context + 8 * (INSTRUCTION + 1), rest)
+    store64(context + 8 * INSTRUCTION, load_physical(memory, gpa, first))
+    store64(context + 8 * INSTRUCTION_BYTES, size)
 
 
 def cancel_watch(context: int, env: int) -> None:
@@ -206,10 +247,10 @@ def _memory_fault(context: int, env: int) -> None:
         end_run(context, EXIT_MEMORY_FAULT, vector, error_code, address, flags)
         return
     save_state(env, state, load64(context + 8 * FN_CC_COMPUTE_ALL))
-    memory = load64(context + 8 * MEMORY)
+    memory: Any = load64(context + 8 * MEMORY)
     cr2 = state[CR2]
     state[CR2] = address
-    failed, _, _ = deliver64(state, memory, PF, error_code, 1, EXCEPTION, state[RIP])  # type: ignore[arg-type]
+    failed, _, _ = deliver64(state, memory, PF, error_code, 1, EXCEPTION, state[RIP])
     if failed != 0:
         state[CR2] = cr2
         end_run(context, EXIT_MEMORY_FAULT, vector, error_code, address, flags)
@@ -229,7 +270,7 @@ def _may_modify(context: int, env: int, state: Words) -> bool:
 def _frequent_instruction(context: int, env: int, number: int) -> bool:
     """MOV to CR3, WRMSR of a segment base, and SYSRET in their plain forms; False leaves the instruction to Python."""
     state = words(load64(context + 8 * STATE), STATE_WORDS)
-    memory = load64(context + 8 * MEMORY)
+    memory: Any = load64(context + 8 * MEMORY)
     if state[EFER] & EFER_LMA == 0 or guest_cpl(env) != 0 or guest_rflags(env) & RFLAGS_TF != 0:
         return False
     opcode, modrm, length, rex = opcode_at_rip(env, state, memory)
@@ -238,7 +279,7 @@ def _frequent_instruction(context: int, env: int, number: int) -> bool:
             return False
         save_state(env, state, load64(context + 8 * FN_CC_COMPUTE_ALL))
         source = (modrm & 7) + R8 * (rex & _REX_B)
-        if set_cr3(state, memory, state[source]) != 0:  # type: ignore[arg-type]
+        if set_cr3(state, memory, state[source]) != 0:
             return False
         if state[TLB_FLUSH] != 0:
             state[TLB_FLUSH] = 0
@@ -323,7 +364,7 @@ def on_port_write(uc, port, size, value, context):  # type: ignore[no-untyped-de
 def port_read(context: int, port: int, size: int) -> int:
     """The body of :func:`on_port_read`: the value from the bus, or an exit that leaves the instruction undone."""
     _check_port(context, port, size)
-    answer = _port_read(load64(context + 8 * FN_PORT_READ), port, size)
+    answer: int = _port_read(load64(context + 8 * FN_PORT_READ), port, size)
     if answer & PORT_CLAIMED == 0:
         _leave_instruction(context, EVENT_PORT)
     return answer
@@ -341,9 +382,9 @@ def _check_port(context: int, port: int, size: int) -> None:
     """Raise the fault of an I/O access that IOPL and the TSS forbid, from within the instruction."""
     env = load64(context + 8 * ENV)
     state = words(load64(context + 8 * STATE), STATE_WORDS)
-    memory = load64(context + 8 * MEMORY)
+    memory: Any = load64(context + 8 * MEMORY)
     vector, error_code, address = check_port_access(
-        state, memory, port, size, guest_cpl(env), guest_rflags(env)  # type: ignore[arg-type]
+        state, memory, port, size, guest_cpl(env), guest_rflags(env)
     )
     if vector == 0:
         return

@@ -6,6 +6,8 @@ allow, and implicit ones, which they do not. So pages with a descriptor table or
 that case, and each access is judged by the instruction that makes it.
 """
 
+from typing import Any
+
 from lasskvm.engine.opcode import TWO_BYTE, opcode_at_rip
 from lasskvm.engine.private import guest_runs_64bit_code
 from lasskvm.state import (
@@ -52,7 +54,7 @@ def _page_of_table(base: int, limit: int, address: int) -> bool:
     return base >> _PAGE_SHIFT <= page <= last >> _PAGE_SHIFT
 
 
-def is_implicit(env: int, state: Words, memory: int) -> bool:
+def is_implicit(env: int, state: Words, memory: Any) -> bool:
     """Whether the instruction at RIP loads or inspects a segment descriptor."""
     opcode, modrm, _, _ = opcode_at_rip(env, state, memory)
     if opcode >= TWO_BYTE:

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import llvmlite.binding as llvm
 import numba
@@ -37,8 +37,8 @@ from numba.extending import intrinsic, overload
 import lasskvm
 
 __all__ = [
-    "Callback", "assembled", "callback", "compiled", "compile_all", "foreign_function", "is_compiled", "load8", "load16", "load32", "load64",
-    "store8", "store16", "store32", "store64", "substitute", "words_at",
+    "Callback", "assembled", "callback", "compile_all", "compiled", "foreign_function", "is_compiled", "load8",
+    "load16", "load32", "load64", "store8", "store16", "store32", "store64", "substitute", "words_at",
 ]  # fmt: skip
 
 _PACKAGE = Path(lasskvm.__file__).parent
@@ -60,7 +60,7 @@ def substitute(function: Callable[..., Any], native: Callable[..., Any]) -> None
 
 @cache
 def compiled(function: Callable[..., Any]) -> Any:
-    """*function*, a plain function of the compiled subset, as a Numba dispatcher over ``uint64``; callable from Python."""
+    """*function*, a plain function of the compiled subset, as a Numba dispatcher over ``uint64`` for Python callers."""
     rewritten = _rewritten(function, with_callees=True)
     # Numba's cache tells functions apart by their names: not to be taken for the form without Python wrappers.
     rewritten.__qualname__ += "_for_python"
@@ -230,7 +230,7 @@ def _primitive(function: Any) -> Any:
     return function
 
 
-def _make_load(bits: int) -> Any:
+def _make_load(bits: int) -> Callable[[int], int]:
     word = ir.IntType(bits)
     python_type = getattr(ctypes, f"c_uint{bits}")
 
@@ -250,10 +250,10 @@ def _make_load(bits: int) -> Any:
     load.__name__ = load.__qualname__ = f"load{bits}"
     load.__doc__ = f"The unsigned {bits}-bit word at host *address*, as 64 bits."
     overload(load)(lambda address: lambda address: native_load(address))
-    return load
+    return cast("Callable[[int], int]", load)
 
 
-def _make_store(bits: int) -> Any:
+def _make_store(bits: int) -> Callable[[int, int], None]:
     word = ir.IntType(bits)
     python_type = getattr(ctypes, f"c_uint{bits}")
 
@@ -274,7 +274,7 @@ def _make_store(bits: int) -> Any:
     store.__name__ = store.__qualname__ = f"store{bits}"
     store.__doc__ = f"Store the low {bits} bits of *value* at host *address*."
     overload(store)(lambda address, value: lambda address, value: native_store(address, value))
-    return store
+    return cast("Callable[[int, int], None]", store)
 
 
 load8, load16, load32, load64 = (_make_load(bits) for bits in (8, 16, 32, 64))
@@ -330,7 +330,8 @@ def foreign_function(result_bits: int, *argument_bits: int) -> Any:
     numba_result = types.uint64 if result_bits else types.void
     ctypes_integer = {8: ctypes.c_uint8, 32: ctypes.c_uint32, 64: ctypes.c_uint64}
     prototype = ctypes.CFUNCTYPE(
-        ctypes_integer[result_bits] if result_bits else None, *(ctypes_integer[bits] for bits in argument_bits)
+        ctypes_integer[result_bits] if result_bits else None,
+        *(ctypes_integer[bits] for bits in argument_bits),
     )
 
     @intrinsic  # type: ignore[untyped-decorator]

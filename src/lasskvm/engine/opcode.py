@@ -3,6 +3,8 @@
 Only prefixes and opcode bytes are looked at; whatever needs operands goes to the decoder of :mod:`lasskvm.emulator`.
 """
 
+from typing import Any
+
 from lasskvm.emulator.mmu import load_linear
 from lasskvm.engine.private import guest_cpl, guest_linear_rip, guest_runs_64bit_code
 from lasskvm.lass import FETCH
@@ -21,7 +23,7 @@ _SEG_ES, _SEG_CS, _SEG_SS, _SEG_DS, _SEG_FS, _SEG_GS = 0x26, 0x2E, 0x36, 0x3E, 0
 _REX_FIRST, _REX_LAST = 0x40, 0x4F
 
 
-def opcode_at_rip(env: int, state: Words, memory: int) -> tuple[int, int, int, int]:
+def opcode_at_rip(env: int, state: Words, memory: Any) -> tuple[int, int, int, int]:
     """``(opcode, modrm, length, rex)``: *opcode* with ``TWO_BYTE`` added behind 0F, the byte behind it, the length of
     prefixes and opcode in bytes, and the REX prefix (0 without one).
 
@@ -55,6 +57,6 @@ def _is_prefix(byte: int, code64: bool) -> bool:
     )  # fmt: skip
 
 
-def _code_byte(state: Words, memory: int, address: int, cpl: int) -> int:
-    value, _, _, _ = load_linear(state, memory, address & MASK64, 1, FETCH, cpl, 0)  # type: ignore[arg-type]
+def _code_byte(state: Words, memory: Any, address: int, cpl: int) -> int:
+    value, _, _, _ = load_linear(state, memory, address & MASK64, 1, FETCH, cpl, 0)
     return value

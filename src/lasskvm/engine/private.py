@@ -9,7 +9,17 @@ All functions are of the compiled subset: they run in Numba code and, in tests, 
 ``uc`` are host addresses, ``state`` is a vCPU's words (:mod:`lasskvm.state`).
 """
 
-from lasskvm.engine.native import foreign_function, load8, load16, load32, load64, store8, store16, store32, store64
+from lasskvm.engine.native import (
+    foreign_function,
+    load8,
+    load16,
+    load32,
+    load64,
+    store8,
+    store16,
+    store32,
+    store64,
+)
 from lasskvm.state import (
     ATTRIBUTES,
     BASE,
@@ -208,8 +218,6 @@ def set_guest_rcx(env: int, rcx: int) -> None:
     store64(env + _REGS + 8, rcx)
 
 
-
-
 def set_single_step(env: int, trap_flag: int) -> None:
     """Set RFLAGS.TF (*trap_flag*) behind the guest's back."""
     store64(env + _EFLAGS, load64(env + _EFLAGS) | trap_flag)
@@ -226,7 +234,7 @@ def exception_error_code(env: int) -> int:
 
 
 def forget_exception(env: int) -> None:
-    """Clear what Unicorn keeps of the last event and would mix into the next (ENGINE pitfalls 5 and ``old_exception``)."""
+    """Clear what Unicorn keeps of the last event: the next would get its RIP from it, or become a double fault."""
     store32(env + _EXCEPTION_IS_INT, 0)
     store32(env + _OLD_EXCEPTION, 0xFFFFFFFF)
 
@@ -251,7 +259,7 @@ def clear_interrupt_window(cpu: int) -> None:
 
 
 def set_no_exit_request(uc: int) -> None:
-    """Let the guest stop between translation blocks only, so that no instruction runs twice (ENGINE pitfall 2)."""
+    """Let the guest stop between translation blocks only, so that no instruction runs twice."""
     store8(uc + _UC_NO_EXIT_REQUEST, 1)
 
 
@@ -270,8 +278,8 @@ def set_intercepts(
 ) -> None:
     """Enter SVM guest mode with these intercept masks, as VMCB offsets 0x000 to 0x010, and every exception.
 
-    *instructions* has bit *n* set for SVM exit code 0x60 + n. ``vmcb_gpa`` is a page whose offset 0x48 holds the address
-    of the MSR permission map.
+    *instructions* has bit *n* set for SVM exit code 0x60 + n. ``vmcb_gpa`` is a page whose offset 0x48 holds the
+    address of the MSR permission map.
     """
     store64(env + _VM_VMCB, vmcb_gpa)
     store64(env + _INTERCEPT, instructions)
@@ -370,7 +378,7 @@ def _load_segment(cache: int, state: Words, first: int) -> None:
 
 
 def hflags_of(state: Words) -> int:
-    """The translator's summary of the mode (``hflags``) that belongs to *state*, without the SVM and breakpoint bits."""
+    """The translator's summary of the mode (``hflags``) of *state*, without the SVM and breakpoint bits."""
     code = state[SEGMENTS + SEGMENT_WORDS * CS + ATTRIBUTES]
     stack = state[SEGMENTS + SEGMENT_WORDS * SS + ATTRIBUTES]
     flags = state[CPL] | (state[INTERRUPT_SHADOW] * _HF_INHIBIT_IRQ)

@@ -179,6 +179,11 @@ class VirtualClock(Clock):
         self._skipped_ns = 0
         super().__init__(self._virtual_ns)
 
+    @property
+    def skipped_ns(self) -> int:
+        """The idle time that was skipped so far."""
+        return self._skipped_ns
+
     def skip_to(self, deadline_ns: int) -> None:
         """Let idle time pass: the clock reads ``deadline_ns`` now. A deadline in the past changes nothing."""
         self._skipped_ns += max(0, deadline_ns - self._virtual_ns())

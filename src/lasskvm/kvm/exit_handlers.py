@@ -153,8 +153,12 @@ def _debug_exception(vcpu: Vcpu) -> None:
 
 
 def _intercept(vcpu: Vcpu, engine_exit: EngineExit) -> None:
-    del engine_exit
-    emulate_instruction(vcpu.emulation)
+    ctx = vcpu.emulation
+    ctx.prefetched = engine_exit.instruction
+    try:
+        emulate_instruction(ctx)
+    finally:
+        ctx.prefetched = b""
 
 
 def _fetch_from_hole(vcpu: Vcpu, engine_exit: EngineExit) -> None:

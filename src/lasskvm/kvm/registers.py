@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
+from typing import Any
 
 from lasskvm import state as s
 from lasskvm.state import Segment, VcpuState
@@ -104,11 +105,12 @@ def set_regs(state: VcpuState, regs: Regs) -> None:
 def get_sregs(state: VcpuState) -> Sregs:
     """``KVM_GET_SREGS``."""
     words = state.words
+    fields: dict[str, Any] = {name: state.segment(number) for name, number in _SEGMENT_FIELDS.items()}
+    fields |= {name: words[index] for name, index in _CONTROL_FIELDS.items()}
     return Sregs(
-        **{name: state.segment(number) for name, number in _SEGMENT_FIELDS.items()},
         gdt=DescriptorTable(words[s.GDT_BASE], words[s.GDT_LIMIT]),
         idt=DescriptorTable(words[s.IDT_BASE], words[s.IDT_LIMIT]),
-        **{name: words[index] for name, index in _CONTROL_FIELDS.items()},
+        **fields,
     )
 
 

@@ -27,7 +27,16 @@ from lasskvm.kvm.clock import NANOSECONDS_PER_BLOCK, VirtualClock
 from lasskvm.kvm.exit_handlers import handle_exit
 from lasskvm.kvm.exits import Exit, HltExit, InternalErrorExit, IntrExit, IoExit, ShutdownExit
 from lasskvm.kvm.registers import Regs, Sregs
-from lasskvm.state import CR4_ALLOWED, EFER_ALLOWED, INTERRUPT_SHADOW, MAXPHYADDR, NMI_BLOCKED, RFLAGS, RIP, VcpuState
+from lasskvm.state import (
+    CR4_ALLOWED,
+    EFER_ALLOWED,
+    INTERRUPT_SHADOW,
+    MAXPHYADDR,
+    NMI_BLOCKED,
+    RFLAGS,
+    RIP,
+    VcpuState,
+)
 from lasskvm.x86.cpuid import (
     FEATURE_WORDS,
     CpuidEntry,
@@ -67,6 +76,8 @@ class Vcpu:
         self._engine: Engine | None = None
         self._pending_io: tuple[PortAccess, IoExit] | None = None
         self._nmi_pending = False
+        #: What the engine's deadline and time stamp were computed from.
+        self._programmed: tuple[int | None, int, int, int] | None = None
         self._use_cpuid(CpuidTable(parse_cpu("max").entries()))
 
     # ---------------------------------------------------------------------------------------- configuration
@@ -132,14 +143,14 @@ class Vcpu:
             raise OSError(errno.EINVAL, f"KVM_GET_MSRS: there is no MSR {index:#x}") from None
 
     def set_msr(self, index: int, value: int) -> None:
-        """``KVM_SET_MSRS`` of one register; OSError with EINVAL for an unknown register or a value it cannot hold."""
+        """``KVM_SET_MSRS`` of one register; OSError with EINVAL for an unknown one or a value that it cannot hold."""
         try:
             write_msr(self.emulation, index, value, host_initiated=True)
         except GuestFault:
             raise OSError(errno.EINVAL, f"KVM_SET_MSRS: MSR {index:#x} cannot be set to {value:#x}") from None
 
     def translate(self, gva: int) -> int | None:
-        """``KVM_TRANSLATE``: the guest-physical address of linear *gva* for a supervisor data read; None if unmapped."""
+        """``KVM_TRANSLATE``: the gpa of linear *gva* for a supervisor data read; None if it is not mapped."""
         gpa, _, vector, _ = translate(self.state.words, self.vm.memory, gva, 1, 0, 0, 0)
         return None if vector else gpa
 
@@ -202,8 +213,14 @@ class Vcpu:
                 return IntrExit()
 
     def _set_deadline(self, slice_end: int) -> None:
+        """Tell direct execution when to stop and what RDTSC gives; only when something about them has changed."""
         clock, engine = self.vm.clock, self.engine
         deadline = clock.next_deadline()
+        skipped = clock.skipped_ns if isinstance(clock, VirtualClock) else 0
+        programmed = deadline, slice_end, skipped, self.emulation.msrs.tsc_offset
+        if programmed == self._programmed:
+            return
+        self._programmed = programmed
         if isinstance(clock, VirtualClock):
             blocks = max(1, slice_end - engine.blocks)
             if deadline is not None:
@@ -217,7 +234,7 @@ class Vcpu:
         engine.set_time_stamp(guest_tsc(self.emulation), NANOSECONDS_PER_BLOCK)
 
     def _inject_events(self) -> None:
-        """Deliver an NMI or an external interrupt if the guest takes it now, else ask for the window in which it does."""
+        """Deliver an NMI or an external interrupt if the guest takes it now, else ask for a window in which it does."""
         words = self.state.words
         if self._nmi_pending and not words[NMI_BLOCKED] and not words[INTERRUPT_SHADOW]:
             self._nmi_pending = False

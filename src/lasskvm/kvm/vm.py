@@ -51,8 +51,8 @@ class Vm:
     def set_user_memory_region(self, slot: int, gpa: int, memory: mmap.mmap | None, flags: int = 0) -> None:
         """``KVM_SET_USER_MEMORY_REGION``: map *memory* at *gpa* as slot *slot*; None deletes the slot.
 
-        *flags* are ``SLOT_*`` of :mod:`lasskvm.memory`. Raises :class:`MemoryLayoutError` for overlaps and ranges that are
-        not page-aligned.
+        *flags* are ``SLOT_*`` of :mod:`lasskvm.memory`. Raises :class:`MemoryLayoutError` for overlaps and ranges that
+        are not page-aligned.
         """
         if memory is None:
             self.memory.delete_slot(slot)
@@ -98,5 +98,3 @@ class Vm:
     def memory_size(self) -> int:
         """Bytes of guest memory in all slots."""
         return sum(slot.size for slot in self.memory)
-
-

@@ -177,6 +177,8 @@ _CACHE_SELF_INITIALIZING = 1 << 8
 _L2_ECX = (16 * 2048 * _LINE_BYTES >> 10) << 16 | 8 << 12 | _LINE_BYTES
 _MAX_STRUCTURED_SUBLEAF = 1
 _MAXPHYADDR_UNKNOWN = 36
+#: Lookups that a table remembers; a guest can ask for any of 2**64.
+_KEPT_ANSWERS = 256
 
 
 @dataclass(frozen=True)
@@ -334,6 +336,7 @@ class CpuidTable:
     def __init__(self, entries: Iterable[CpuidEntry]) -> None:
         self.entries = tuple(entries)
         self._by_place: dict[tuple[int, int | None], CpuidEntry] = {}
+        self._answers: dict[tuple[int, int, bool, bool, bool], tuple[int, int, int, int]] = {}
         for entry in self.entries:
             index = entry.index if entry.flags & SIGNIFICANT_INDEX else None
             self._by_place.setdefault((entry.function, index), entry)
@@ -354,6 +357,16 @@ class CpuidTable:
         *osxsave* and *ospke* are CR4.OSXSAVE and CR4.PKE, *apic_enabled* is the global enable bit of
         IA32_APIC_BASE.
         """
+        state = leaf, subleaf, osxsave, ospke, apic_enabled
+        if state not in self._answers:
+            if len(self._answers) >= _KEPT_ANSWERS:
+                self._answers.clear()
+            self._answers[state] = self._lookup(*state)
+        return self._answers[state]
+
+    def _lookup(
+        self, leaf: int, subleaf: int, osxsave: bool, ospke: bool, apic_enabled: bool
+    ) -> tuple[int, int, int, int]:
         entry = self._find(leaf, subleaf)
         if entry is None and self._is_out_of_range(leaf):
             leaf = self._maximum(LEAF_MAX_BASIC)
