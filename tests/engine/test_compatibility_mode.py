@@ -14,7 +14,9 @@ from lasskvm.x86.registers import AR_DATA, AR_DPL_SHIFT, CR4_LASS, CR4_SMAP, CR4
 
 
 def test_user_code_never_violates_lass(guest: Guest) -> None:
-    outcome = guest.execute("mov eax, [ebx]; mov [ebx], eax; push eax; call next; next: pop ecx", cpl=3, bits=32, rbx=LOW_USER)
+    outcome = guest.execute(
+        "mov eax, [ebx]; mov [ebx], eax; push eax; call next; next: pop ecx", cpl=3, bits=32, rbx=LOW_USER
+    )
     assert outcome.completed
 
 
@@ -23,8 +25,8 @@ def test_user_access_to_a_supervisor_page_is_a_page_fault(guest: Guest) -> None:
     assert (outcome.vector, outcome.error_code, outcome.cr2) == (PF, PF_P | PF_U, LOW_SUPERVISOR)
 
 
-@pytest.mark.parametrize("ac", (False, True))
-@pytest.mark.parametrize("smap", (False, True))
+@pytest.mark.parametrize("ac", [False, True])
+@pytest.mark.parametrize("smap", [False, True])
 def test_supervisor_code_violates_lass_with_its_first_fetch(guest: Guest, ac: bool, smap: bool) -> None:
     guest.cr4 = guest.cr4 & ~CR4_SMAP | CR4_SMAP * smap
     outcome = guest.execute("nop", cpl=0, bits=32, rflags=RFLAGS_AC * ac)
@@ -36,7 +38,9 @@ def test_supervisor_code_runs_without_lass_and_smep(guest: Guest) -> None:
     assert guest.execute("mov eax, [ebx]", cpl=0, bits=32, rbx=LOW_USER).completed
 
 
-@pytest.mark.parametrize("source", ("mov es, eax", "mov fs, eax", "lar ecx, eax", "push eax; pop es", "les ecx, [ebx]"))
+@pytest.mark.parametrize(
+    "source", ["mov es, eax", "mov fs, eax", "lar ecx, eax", "push eax; pop es", "les ecx, [ebx]"]
+)
 def test_descriptor_reads_are_implicit_supervisor_accesses(guest: Guest, source: str) -> None:
     guest.write(LOW_USER + 4, LDT_DATA.to_bytes(2, "little"))
     assert guest.execute(source, cpl=3, bits=32, rax=LDT_DATA, rbx=LOW_USER).completed
@@ -64,7 +68,9 @@ def test_addresses_wrap_at_4_gib(guest: Guest) -> None:
     assert outcome.registers.rax == 0x1234
 
 
-@pytest.mark.parametrize(("source", "vector"), (("mov eax, fs:[ebx]", GP), ("mov eax, ss:[ebx]", SS), ("push eax", SS)))
+@pytest.mark.parametrize(
+    ("source", "vector"), [("mov eax, fs:[ebx]", GP), ("mov eax, ss:[ebx]", SS), ("push eax", SS)]
+)
 @pytest.mark.xfail(strict=True, reason="the translator does not check segment limits")
 def test_segment_limits_apply(guest: Guest, source: str, vector: int) -> None:
     limited = Segment(layout.USER_SS, 0, 0xFFF, AR_DATA | 3 << AR_DPL_SHIFT)

@@ -46,9 +46,7 @@ def breakpoint_program(address: str, dr7: int, source: str) -> str:
 def trace(guest: Guest, source: str, *, cpl: int = 0, **registers: int) -> list[int]:
     """Run *source* with TF set: how far into it each single-step trap came, in bytes."""
     traps = layout.DATA_GPA + 0xC000 + 0x800
-    guest.place(
-        assemble("push rax; mov rax, [rsp + 8]; mov [r15], rax; add r15, 8; pop rax; iretq", HANDLER)
-    )
+    guest.place(assemble("push rax; mov rax, [rsp + 8]; mov [r15], rax; add r15, 8; pop rax; iretq", HANDLER))
     layout.set_gate(guest.memory, DB, HANDLER, ist=layout.IST)
     base = HIGH_SUPERVISOR + 0x800
     outcome = guest.execute(source, cpl=cpl, rflags=RFLAGS_TF, r15=base, **registers)
@@ -57,14 +55,14 @@ def trace(guest: Guest, source: str, *, cpl: int = 0, **registers: int) -> list[
     return [guest.memory.load(traps + 8 * number, 8) - outcome.program.address for number in range(count)]
 
 
-@pytest.mark.parametrize("cpl", (0, 3))
+@pytest.mark.parametrize("cpl", [0, 3])
 def test_single_step_traps_behind_every_instruction(guest: Guest, cpl: int) -> None:
     assert trace(guest, "nop; nop; mov ecx, 5; nop", cpl=cpl) == [1, 2, 7, 8]
 
 
 @pytest.mark.parametrize(
     "source",
-    (
+    [
         "db 0x0f, 0xa2",  # CPUID
         "mov rdx, cr4",
         "mov cr0, rbx",
@@ -79,7 +77,7 @@ def test_single_step_traps_behind_every_instruction(guest: Guest, cpl: int) -> N
         "rdtsc",
         "mov edx, 0x5c0; out dx, al",
         "lldt si",
-    ),
+    ],
 )
 def test_single_step_traps_behind_instructions_that_exit(guest: Guest, source: str) -> None:
     lengths = [len(assemble(statement, 0).code) for statement in f"{source}; nop".split("; ")]
@@ -126,10 +124,12 @@ def test_faulting_instruction_is_not_stepped(guest: Guest) -> None:
 
 @pytest.mark.parametrize(
     "masked",
-    (
-        pytest.param(False, marks=pytest.mark.xfail(strict=True, reason="native SYSCALL raises no single-step trap")),
+    [
+        pytest.param(
+            False, marks=pytest.mark.xfail(strict=True, reason="native SYSCALL raises no single-step trap")
+        ),
         True,
-    ),
+    ],
 )
 def test_syscall_is_stepped_unless_sfmask_clears_tf(guest: Guest, masked: bool) -> None:
     guest.place(assemble("nop; hlt", HANDLER))
@@ -163,7 +163,9 @@ def test_instruction_breakpoint_is_seen_by_code_that_was_translated_before(guest
 def test_rf_lets_the_instruction_run(guest: Guest) -> None:
     guest.place(assemble("inc r8; or qword [rsp + 16], 0x10000; iretq", HANDLER))
     layout.set_gate(guest.memory, DB, HANDLER, ist=layout.IST)
-    outcome = guest.execute(breakpoint_program("here", ENABLE_0 | EXECUTE, "here: inc rcx; cmp ecx, 3; jne here"))
+    outcome = guest.execute(
+        breakpoint_program("here", ENABLE_0 | EXECUTE, "here: inc rcx; cmp ecx, 3; jne here")
+    )
     assert outcome.completed
     assert (outcome.registers.r8, outcome.registers.rcx) == (3, 3)
 
@@ -173,7 +175,9 @@ def test_instruction_breakpoint_does_not_set_rf_in_its_frame(guest: Guest) -> No
     assert not outcome.rflags & RFLAGS_RF
 
 
-@pytest.mark.parametrize("source", ("mov [rbx], rcx", "add [rbx], rcx", "mov rcx, 1; stosq", "push rcx", "fstp qword [rbx]"))
+@pytest.mark.parametrize(
+    "source", ["mov [rbx], rcx", "add [rbx], rcx", "mov rcx, 1; stosq", "push rcx", "fstp qword [rbx]"]
+)
 def test_write_breakpoint_traps_behind_the_write(guest: Guest, source: str) -> None:
     *_, last = source.split("; ")
     registers = {"rbx": WATCHED, "rdi": WATCHED}
@@ -192,7 +196,7 @@ def test_write_breakpoint_ignores_reads(guest: Guest) -> None:
     ).completed
 
 
-@pytest.mark.parametrize("source", ("mov rcx, [rbx]", "mov [rbx], rcx", "cmp byte [rbx + 3], 0"))
+@pytest.mark.parametrize("source", ["mov rcx, [rbx]", "mov [rbx], rcx", "cmp byte [rbx + 3], 0"])
 def test_access_breakpoint_traps_behind_reads_and_writes(guest: Guest, source: str) -> None:
     outcome = guest.execute(
         breakpoint_program(hex(WATCHED), ENABLE_0 | ON_ACCESS | BYTES_4, f"{source}; after: nop"), rbx=WATCHED
@@ -200,7 +204,7 @@ def test_access_breakpoint_traps_behind_reads_and_writes(guest: Guest, source: s
     assert (outcome.vector, outcome.label) == (DB, "after")
 
 
-@pytest.mark.parametrize(("length", "size"), ((BYTES_1, 1), (BYTES_2, 2), (BYTES_4, 4), (BYTES_8, 8)))
+@pytest.mark.parametrize(("length", "size"), [(BYTES_1, 1), (BYTES_2, 2), (BYTES_4, 4), (BYTES_8, 8)])
 def test_data_breakpoint_covers_its_length(guest: Guest, length: int, size: int) -> None:
     program = breakpoint_program(hex(WATCHED), ENABLE_0 | ON_WRITE | length, "mov [rbx], cl; after: nop")
     assert guest.execute(program, rbx=WATCHED - 1).completed
@@ -218,7 +222,9 @@ def test_data_breakpoint_in_user_mode(guest: Guest) -> None:
 
 def test_watched_and_stepped_instruction_traps_once(guest: Guest) -> None:
     program = breakpoint_program(
-        hex(WATCHED), ENABLE_0 | ON_WRITE | BYTES_8, "pushfq; bts qword [rsp], 8; popfq; mov [rbx], rcx; after: nop"
+        hex(WATCHED),
+        ENABLE_0 | ON_WRITE | BYTES_8,
+        "pushfq; bts qword [rsp], 8; popfq; mov [rbx], rcx; after: nop",
     )
     outcome = guest.execute(program, rbx=WATCHED)
     assert (outcome.vector, outcome.label) == (DB, "after")
@@ -228,7 +234,8 @@ def test_watched_and_stepped_instruction_traps_once(guest: Guest) -> None:
 
 def test_watching_does_not_leave_tf_behind(guest: Guest) -> None:
     outcome = guest.execute(
-        breakpoint_program(hex(WATCHED), ENABLE_0 | ON_WRITE | BYTES_8, "mov [rbx], rcx; after: nop"), rbx=WATCHED
+        breakpoint_program(hex(WATCHED), ENABLE_0 | ON_WRITE | BYTES_8, "mov [rbx], rcx; after: nop"),
+        rbx=WATCHED,
     )
     assert not outcome.rflags & RFLAGS_TF
 
@@ -244,7 +251,9 @@ def test_breakpoint_on_another_quadword_of_the_page_does_not_hit(guest: Guest) -
 
 def test_io_breakpoint_traps_behind_the_port_access(guest: Guest) -> None:
     guest.cr4 |= CR4_DE
-    outcome = guest.execute(breakpoint_program("0x5c0", ENABLE_0 | ON_IO, "mov edx, 0x5c0; out dx, al; after: nop"))
+    outcome = guest.execute(
+        breakpoint_program("0x5c0", ENABLE_0 | ON_IO, "mov edx, 0x5c0; out dx, al; after: nop")
+    )
     assert (outcome.vector, outcome.label) == (DB, "after")
     assert dr6(guest) == DR6_B0
 
@@ -267,7 +276,7 @@ def test_disabled_breakpoints_do_nothing(guest: Guest) -> None:
 # ---------------------------------------------------------------------------------------------- debug registers
 
 
-@pytest.mark.parametrize("source", ("mov rcx, dr0", "mov dr0, rcx", "mov rcx, dr7", "mov dr6, rcx"))
+@pytest.mark.parametrize("source", ["mov rcx, dr0", "mov dr0, rcx", "mov rcx, dr7", "mov dr6, rcx"])
 def test_general_detect_comes_before_the_access_and_is_cleared(guest: Guest, source: str) -> None:
     outcome = guest.execute(f"mov eax, {DR7_GD | 0x400:#x}; mov dr7, rax; fault: {source}")
     assert (outcome.vector, outcome.label) == (DB, "fault")
@@ -275,7 +284,7 @@ def test_general_detect_comes_before_the_access_and_is_cleared(guest: Guest, sou
     assert guest.execute("mov rax, dr7").completed
 
 
-@pytest.mark.parametrize("number", (6, 7))
+@pytest.mark.parametrize("number", [6, 7])
 def test_upper_half_of_dr6_and_dr7_must_be_zero(guest: Guest, number: int) -> None:
     outcome = guest.execute(f"mov rax, 0x100000000; fault: mov dr{number}, rax")
     assert (outcome.vector, outcome.error_code, outcome.label) == (GP, 0, "fault")

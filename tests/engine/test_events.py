@@ -9,7 +9,14 @@ import pytest
 from lasskvm.conformance import layout
 from lasskvm.conformance.assembler import assemble
 from lasskvm.conformance.guest import Guest
-from lasskvm.conformance.layout import KERNEL_CODE, KERNEL_CS, KERNEL_STACK_TOP, LOW_USER, RING0_STACK_TOP, USER_CS
+from lasskvm.conformance.layout import (
+    KERNEL_CODE,
+    KERNEL_CS,
+    KERNEL_STACK_TOP,
+    LOW_USER,
+    RING0_STACK_TOP,
+    USER_CS,
+)
 from lasskvm.kvm import DescriptorTable, HltExit, IntrExit, IoExit, ShutdownExit
 from lasskvm.x86.descriptors import SYS_TRAP_GATE
 from lasskvm.x86.exceptions import (
@@ -71,15 +78,18 @@ def irq(interrupt_guest: Guest) -> Iterator[Guest]:
 
 
 @pytest.mark.parametrize(
-    ("source", "vector"), (("int3", BP), ("int 3", BP), ("int 4", OF), ("int 0x80", 0x80), ("db 0xcd, 0x80", 0x80))
+    ("source", "vector"),
+    [("int3", BP), ("int 3", BP), ("int 4", OF), ("int 0x80", 0x80), ("db 0xcd, 0x80", 0x80)],
 )
-@pytest.mark.parametrize("cpl", (0, 3))
-def test_software_interrupt_pushes_the_next_rip_and_no_error_code(guest: Guest, source: str, vector: int, cpl: int) -> None:
+@pytest.mark.parametrize("cpl", [0, 3])
+def test_software_interrupt_pushes_the_next_rip_and_no_error_code(
+    guest: Guest, source: str, vector: int, cpl: int
+) -> None:
     outcome = guest.execute(f"{source}; after: nop", cpl=cpl)
     assert (outcome.vector, outcome.error_code, outcome.label) == (vector, None, "after")
 
 
-@pytest.mark.parametrize("vector", (0, 6, GP, 0x20, 0xFF))
+@pytest.mark.parametrize("vector", [0, 6, GP, 0x20, 0xFF])
 def test_software_interrupt_through_a_kernel_gate_is_gp_at_the_instruction(guest: Guest, vector: int) -> None:
     outcome = guest.execute(f"fault: int {vector}", cpl=3)
     assert (outcome.vector, outcome.error_code, outcome.label) == (GP, vector << 3 | ERROR_IDT, "fault")
@@ -115,10 +125,10 @@ def test_into_traps_in_compatibility_mode_when_of_is_set(guest: Guest) -> None:
 # --------------------------------------------------------------------------------------------------- exceptions
 
 
-@pytest.mark.parametrize("cpl", (0, 3))
+@pytest.mark.parametrize("cpl", [0, 3])
 @pytest.mark.parametrize(
     ("source", "vector", "error_code"),
-    (
+    [
         ("div ecx", DE, None),
         ("idiv rcx", DE, None),
         ("ud2", UD, None),
@@ -126,10 +136,16 @@ def test_into_traps_in_compatibility_mode_when_of_is_set(guest: Guest) -> None:
         ("mov ds, edx", GP, 0x1230),
         ("mov ss, edx", GP, 0x1230),
         ("mov es, esi", GP, 0x30),
-        ("db 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x90", GP, 0),
-    ),
+        (
+            "db 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x90",
+            GP,
+            0,
+        ),
+    ],
 )
-def test_exception_reports_the_instruction(guest: Guest, source: str, vector: int, error_code: int | None, cpl: int) -> None:
+def test_exception_reports_the_instruction(
+    guest: Guest, source: str, vector: int, error_code: int | None, cpl: int
+) -> None:
     outcome = guest.execute(f"fault: {source}", cpl=cpl, rcx=0, rdx=0x1230, rsi=layout.TSS_SELECTOR)
     assert (outcome.vector, outcome.error_code, outcome.label) == (vector, error_code, "fault")
 
@@ -149,7 +165,22 @@ def test_second_general_protection_is_not_a_double_fault(guest: Guest) -> None:
     assert outcome.registers.r8 == 2
 
 
-@pytest.mark.parametrize("source", ("hlt", "cli", "mov cr3, rax", "invlpg [rax]", "wbinvd", "rdmsr", "lgdt [rax]", "mov rax, dr0", "clts", "swapgs", "lldt ax"))
+@pytest.mark.parametrize(
+    "source",
+    [
+        "hlt",
+        "cli",
+        "mov cr3, rax",
+        "invlpg [rax]",
+        "wbinvd",
+        "rdmsr",
+        "lgdt [rax]",
+        "mov rax, dr0",
+        "clts",
+        "swapgs",
+        "lldt ax",
+    ],
+)
 def test_privileged_instruction_in_user_mode_is_gp(guest: Guest, source: str) -> None:
     outcome = guest.execute(f"fault: {source}", cpl=3, rax=LOW_USER)
     assert (outcome.vector, outcome.error_code, outcome.label) == (GP, 0, "fault")
@@ -172,7 +203,9 @@ def test_frame_holds_the_interrupted_program(guest: Guest) -> None:
 def test_handler_starts_with_interrupts_off_through_an_interrupt_gate_only(guest: Guest) -> None:
     flags = RFLAGS_IF | RFLAGS_NT
     assert guest.execute("ud2", rflags=flags).registers.rflags == RFLAGS_FIXED
-    layout.set_gate(guest.memory, UD, layout.HANDLERS + UD * layout.HANDLER_BYTES, gate_type=SYS_TRAP_GATE, ist=layout.IST)
+    layout.set_gate(
+        guest.memory, UD, layout.HANDLERS + UD * layout.HANDLER_BYTES, gate_type=SYS_TRAP_GATE, ist=layout.IST
+    )
     assert guest.execute("ud2", rflags=flags).registers.rflags == RFLAGS_FIXED | RFLAGS_IF
 
 
@@ -260,7 +293,9 @@ def test_no_idt_at_all_is_a_shutdown_and_the_guest_can_be_used_again(guest: Gues
 
 
 def test_nmi_comes_at_once_and_blocks_the_next_until_iret(guest: Guest) -> None:
-    guest.start("loop: jmp loop; handler: inc r8; out 0x99, al; out 0x99, al; iretq", handlers={NMI: "handler"})
+    guest.start(
+        "loop: jmp loop; handler: inc r8; out 0x99, al; out 0x99, al; iretq", handlers={NMI: "handler"}
+    )
     guest.vcpu.inject_nmi()
     for _ in range(2):
         assert isinstance(guest.vcpu.run(), IoExit)
@@ -272,9 +307,14 @@ def test_nmi_comes_at_once_and_blocks_the_next_until_iret(guest: Guest) -> None:
     assert guest.stack(guest.vcpu.get_regs().rsp, 1) == [KERNEL_CODE]
 
 
-@pytest.mark.xfail(strict=True, reason="a blocked NMI is delivered at the next exit and not as soon as IRET unblocks it")
+@pytest.mark.xfail(
+    strict=True, reason="a blocked NMI is delivered at the next exit and not as soon as IRET unblocks it"
+)
 def test_blocked_nmi_comes_right_behind_iret(guest: Guest) -> None:
-    guest.start("loop: inc rcx; jmp loop; handler: inc r8; mov r9, rcx; out 0x99, al; iretq", handlers={NMI: "handler"})
+    guest.start(
+        "loop: inc rcx; jmp loop; handler: inc r8; mov r9, rcx; out 0x99, al; iretq",
+        handlers={NMI: "handler"},
+    )
     guest.vcpu.inject_nmi()
     assert isinstance(guest.vcpu.run(), IoExit)
     guest.vcpu.inject_nmi()
@@ -334,7 +374,9 @@ def test_sti_cli_lets_nothing_in(irq: Guest) -> None:
 
 def test_mov_ss_holds_back_interrupts_for_one_instruction(irq: Guest) -> None:
     irq.vm.irq_line(1, True)
-    outcome = irq.execute("pushfq; bts qword [rsp], 9; mov ss, ebx; popfq; after: inc rax", rbx=layout.KERNEL_SS)
+    outcome = irq.execute(
+        "pushfq; bts qword [rsp], 9; mov ss, ebx; popfq; after: inc rax", rbx=layout.KERNEL_SS
+    )
     assert (outcome.vector, outcome.label) == (IRQ1_VECTOR, "after")
 
 

@@ -52,8 +52,8 @@ def marked(source: str) -> str:
 
 
 @pytest.mark.parametrize("source", DESCRIPTOR_READERS)
-@pytest.mark.parametrize("ac", (False, True))
-@pytest.mark.parametrize("cpl", (0, 1, 3))
+@pytest.mark.parametrize("ac", [False, True])
+@pytest.mark.parametrize("cpl", [0, 1, 3])
 def test_low_ldt_violates_lass_whatever_ac_says(guest: Guest, source: str, ac: bool, cpl: int) -> None:
     move_ldt(guest, LOW_SUPERVISOR)
     outcome = guest.execute(marked(source), cpl=cpl, rflags=RFLAGS_AC * ac, rax=LDT_DATA)
@@ -63,7 +63,7 @@ def test_low_ldt_violates_lass_whatever_ac_says(guest: Guest, source: str, ac: b
 
 
 @pytest.mark.parametrize("source", DESCRIPTOR_READERS)
-@pytest.mark.parametrize("cpl", (0, 3))
+@pytest.mark.parametrize("cpl", [0, 3])
 def test_low_ldt_is_fine_without_lass(guest: Guest, source: str, cpl: int) -> None:
     move_ldt(guest, LOW_SUPERVISOR)
     guest.cr4 &= ~CR4_LASS
@@ -84,8 +84,8 @@ def test_upper_half_ldt_serves_user_mode_under_lass(guest: Guest, source: str) -
 
 
 @pytest.mark.parametrize("source", DESCRIPTOR_READERS)
-@pytest.mark.parametrize("ac", (False, True))
-@pytest.mark.parametrize("cpl", (0, 3))
+@pytest.mark.parametrize("ac", [False, True])
+@pytest.mark.parametrize("cpl", [0, 3])
 def test_smap_keeps_implicit_accesses_off_user_pages_whatever_ac_says(
     guest: Guest, source: str, ac: bool, cpl: int
 ) -> None:
@@ -95,7 +95,7 @@ def test_smap_keeps_implicit_accesses_off_user_pages_whatever_ac_says(
     assert outcome.cr2 == HIGH_USER + (LDT_DATA & ~7)
 
 
-@pytest.mark.parametrize("page", (LOW_SUPERVISOR, LOW_USER))
+@pytest.mark.parametrize("page", [LOW_SUPERVISOR, LOW_USER])
 def test_implicit_access_faults_also_after_an_explicit_one_to_the_same_page(guest: Guest, page: int) -> None:
     move_ldt(guest, page)
     outcome = guest.execute("mov rcx, [rbx]; fault: mov fs, eax", rflags=RFLAGS_AC, rax=LDT_DATA, rbx=page)
@@ -122,15 +122,17 @@ def test_setting_the_accessed_bit_of_a_low_descriptor_is_an_implicit_write(guest
     assert guest.accessed_and_dirty(LOW_SUPERVISOR) == (True, True)
 
 
-@pytest.mark.parametrize("ac", (False, True))
+@pytest.mark.parametrize("ac", [False, True])
 def test_far_return_through_a_low_ldt_violates_lass(guest: Guest, ac: bool) -> None:
     move_ldt(guest, LOW_SUPERVISOR)
-    outcome = guest.execute("push rax; push rbx; fault: retfq", rflags=RFLAGS_AC * ac, rax=LDT_CODE, rbx=layout.USER_CODE)
+    outcome = guest.execute(
+        "push rax; push rbx; fault: retfq", rflags=RFLAGS_AC * ac, rax=LDT_CODE, rbx=layout.USER_CODE
+    )
     assert (outcome.vector, outcome.error_code, outcome.label) == (GP, 0, "fault")
 
 
-@pytest.mark.parametrize("ac", (False, True))
-@pytest.mark.parametrize("cpl", (0, 3))
+@pytest.mark.parametrize("ac", [False, True])
+@pytest.mark.parametrize("cpl", [0, 3])
 def test_low_idt_means_shutdown_under_lass(guest: Guest, ac: bool, cpl: int) -> None:
     """#GP instead of the exception, then #DF, and neither can be delivered."""
     copy_page(guest, layout.IDT_GPA, LOW_SUPERVISOR)
@@ -148,7 +150,7 @@ def test_low_idt_works_without_lass(guest: Guest) -> None:
     assert (outcome.vector, outcome.label) == (UD, "fault")
 
 
-@pytest.mark.parametrize("ac", (False, True))
+@pytest.mark.parametrize("ac", [False, True])
 def test_low_gdt_means_shutdown_under_lass(guest: Guest, ac: bool) -> None:
     copy_page(guest, layout.GDT_GPA, LOW_SUPERVISOR)
     guest.sregs["gdt"] = DescriptorTable(LOW_SUPERVISOR, 0xFF)
@@ -162,7 +164,7 @@ def move_tss(guest: Guest, gva: int) -> None:
     guest.sregs["tr"] = Segment(layout.TSS_SELECTOR, gva, 0xFFF, AR_TSS64_BUSY)
 
 
-@pytest.mark.parametrize("lass", (False, True))
+@pytest.mark.parametrize("lass", [False, True])
 def test_stack_switch_through_a_low_tss(guest: Guest, lass: bool) -> None:
     move_tss(guest, LOW_SUPERVISOR)
     guest.cr4 = guest.cr4 & ~CR4_LASS | CR4_LASS * lass
@@ -174,7 +176,7 @@ def test_stack_switch_through_a_low_tss(guest: Guest, lass: bool) -> None:
         assert (outcome.vector, outcome.label) == (UD, "fault")
 
 
-@pytest.mark.parametrize("lass", (False, True))
+@pytest.mark.parametrize("lass", [False, True])
 def test_io_bitmap_in_a_low_tss(guest: Guest, lass: bool) -> None:
     move_tss(guest, LOW_SUPERVISOR)
     guest.write(LOW_SUPERVISOR + TSS64_IO_MAP_BASE, (IO_BITMAP).to_bytes(2, "little"))
@@ -191,7 +193,9 @@ def test_io_bitmap_in_a_low_tss(guest: Guest, lass: bool) -> None:
 def test_addresses_that_are_only_loaded_into_table_registers_may_be_low(guest: Guest) -> None:
     pointer = layout.KERNEL_STACK_TOP - 0x100
     guest.write(pointer, (0xFFF).to_bytes(2, "little") + LOW_USER.to_bytes(8, "little"))
-    outcome = guest.execute("lidt [rbx]; sidt [rcx]; lidt [rdx]", rbx=pointer, rcx=pointer + 16, rdx=pointer + 32)
+    outcome = guest.execute(
+        "lidt [rbx]; sidt [rcx]; lidt [rdx]", rbx=pointer, rcx=pointer + 16, rdx=pointer + 32
+    )
     assert isinstance(outcome.exit, ShutdownExit)
     assert guest.read(pointer + 18) == LOW_USER
 

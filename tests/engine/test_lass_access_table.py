@@ -203,7 +203,9 @@ def check(guest: Guest, access: Access, page: int, cpl: int, lass: bool, smap: b
         assert outcome.cr2 == (target if want.vector == PF else CR2_UNTOUCHED), circumstances
     untouched = want.vector != layout.DONE_VECTOR or not access.checked
     if page not in ABSENT:
-        assert guest.accessed_and_dirty(page) == ((False, False) if untouched else (True, access.writes)), circumstances
+        assert guest.accessed_and_dirty(page) == ((False, False) if untouched else (True, access.writes)), (
+            circumstances
+        )
 
 
 #: Where ``landing`` is in every program: behind the jump over it.
@@ -233,15 +235,15 @@ def test_access_to_every_kind_of_page(guest: Guest, access: Access, cpl: int) ->
 
 
 @pytest.mark.parametrize("name", ONCE_FOR_EVERY_LEVEL)
-@pytest.mark.parametrize("cpl", (1, 2))
+@pytest.mark.parametrize("cpl", [1, 2])
 def test_privilege_levels_1_and_2_are_supervisor_mode(guest: Guest, name: str, cpl: int) -> None:
     access = next(access for access in ACCESSES if access.name == name)
     for page, lass, smap, ac in product(PAGES, (True, False), (True, False), (False, True)):
         check(guest, access, page, cpl, lass, smap, ac)
 
 
-@pytest.mark.parametrize("branch", ("jmp rbx", "call rbx", "push rbx; ret", "jmp qword [r10]"))
-@pytest.mark.parametrize("cpl", (0, 1, 2, 3))
+@pytest.mark.parametrize("branch", ["jmp rbx", "call rbx", "push rbx; ret", "jmp qword [r10]"])
+@pytest.mark.parametrize("cpl", [0, 1, 2, 3])
 def test_fetch_from_every_kind_of_page(guest: Guest, branch: str, cpl: int) -> None:
     """The branch completes; the fetch at its target faults, and RIP is the target."""
     user = cpl == 3
@@ -263,7 +265,9 @@ def test_fetch_from_every_kind_of_page(guest: Guest, branch: str, cpl: int) -> N
             want = Expected(PF, code | PF_P)
         else:
             want = Expected()
-        circumstances = f"{branch} to {page:#x}, CPL {cpl}, LASS {lass}, SMAP {smap}, AC {ac}, SMEP {smep}: {outcome}"
+        circumstances = (
+            f"{branch} to {page:#x}, CPL {cpl}, LASS {lass}, SMAP {smap}, AC {ac}, SMEP {smep}: {outcome}"
+        )
         assert (outcome.vector, outcome.error_code) == (want.vector, want.error_code), circumstances
         if want.vector != layout.DONE_VECTOR:
             assert outcome.rip == page, circumstances

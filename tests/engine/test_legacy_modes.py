@@ -60,7 +60,9 @@ def test_execution_begins_at_the_reset_vector() -> None:
 
 
 def test_real_mode_segments_are_shifted_by_four(machine: LegacyMachine) -> None:
-    assert machine.run_real("mov ax, 0x3123; mov ds, ax; mov word [0x10], 0xBEEF; mov bx, [0x10]; hlt") == HALTED
+    assert (
+        machine.run_real("mov ax, 0x3123; mov ds, ax; mov word [0x10], 0xBEEF; mov bx, [0x10]; hlt") == HALTED
+    )
     assert machine.memory.load(0x31240, 2) == 0xBEEF
     assert machine.regs.rbx == 0xBEEF
 
@@ -133,7 +135,11 @@ LOAD_FLAT_SEGMENTS = f"mov ax, {KERNEL_SS:#x}; mov ds, ax; mov es, ax; mov ss, a
 
 
 def test_real_mode_to_protected_mode(machine: LegacyMachine) -> None:
-    machine.place(LOAD_FLAT_SEGMENTS + "mov dword [0x123456], 0xCAFE; mov ebx, [0x123456]; push ebx; pop ecx; hlt", CODE32, 32)
+    machine.place(
+        LOAD_FLAT_SEGMENTS + "mov dword [0x123456], 0xCAFE; mov ebx, [0x123456]; push ebx; pop ecx; hlt",
+        CODE32,
+        32,
+    )
     assert machine.run_real(TO_PROTECTED_MODE) == HALTED
     assert (machine.regs.rbx, machine.regs.rcx) == (0xCAFE, 0xCAFE)
     assert machine.vcpu.get_sregs().cs.selector == KERNEL_CS32
@@ -196,7 +202,12 @@ def test_cr4_lass_has_no_effect_in_protected_mode(machine: LegacyMachine) -> Non
 
 
 def test_sixteen_bit_operations_keep_the_upper_halves(machine: LegacyMachine) -> None:
-    assert machine.run_protected("mov ax, 0x1111; push bx; pop cx; hlt", rax=0xAAAA0000, rbx=0x2222, rcx=0xBBBB0000) == HALTED
+    assert (
+        machine.run_protected(
+            "mov ax, 0x1111; push bx; pop cx; hlt", rax=0xAAAA0000, rbx=0x2222, rcx=0xBBBB0000
+        )
+        == HALTED
+    )
     assert (machine.regs.rax, machine.regs.rcx) == (0xAAAA1111, 0xBBBB2222)
 
 
@@ -215,7 +226,7 @@ def enter_long_mode(guest: Guest, cr4: int = 0) -> str:
 @pytest.fixture
 def identity(guest: Guest, machine: LegacyMachine) -> LegacyMachine:
     """The machine with its first pages mapped one to one for the time after paging is enabled."""
-    for page in range(0, 0x30):
+    for page in range(0x30):
         guest.tables.map(page << 12, page << 12)
     return machine
 

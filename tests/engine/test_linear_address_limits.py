@@ -19,9 +19,11 @@ WRAPPING = (1 << 64) - 4
 RESERVED_BIT = 1 << 50
 
 
-@pytest.mark.parametrize("lass", (False, True))
-@pytest.mark.parametrize("cpl", (0, 3))
-@pytest.mark.parametrize("address", (FIRST_NOT_CANONICAL, 1 << 62, 1 << 63, (1 << 64) - FIRST_NOT_CANONICAL - 8))
+@pytest.mark.parametrize("lass", [False, True])
+@pytest.mark.parametrize("cpl", [0, 3])
+@pytest.mark.parametrize(
+    "address", [FIRST_NOT_CANONICAL, 1 << 62, 1 << 63, (1 << 64) - FIRST_NOT_CANONICAL - 8]
+)
 def test_address_that_is_not_canonical_is_gp(guest: Guest, address: int, cpl: int, lass: bool) -> None:
     guest.cr4 = guest.cr4 & ~CR4_LASS | CR4_LASS * lass
     outcome = guest.execute("fault: mov rax, [rbx]", cpl=cpl, rbx=address, rflags=RFLAGS_AC)
@@ -29,8 +31,8 @@ def test_address_that_is_not_canonical_is_gp(guest: Guest, address: int, cpl: in
     assert outcome.cr2 == CR2_UNTOUCHED
 
 
-@pytest.mark.parametrize("source", ("push rax", "pop rax", "mov rax, [rbp]", "call rax", "ret"))
-@pytest.mark.parametrize("cpl", (0, 3))
+@pytest.mark.parametrize("source", ["push rax", "pop rax", "mov rax, [rbp]", "call rax", "ret"])
+@pytest.mark.parametrize("cpl", [0, 3])
 def test_stack_access_that_is_not_canonical_is_ss(guest: Guest, source: str, cpl: int) -> None:
     address = 1 << 62
     outcome = guest.execute(f"fault: {source}", cpl=cpl, rsp=address, rbp=address)
@@ -38,8 +40,8 @@ def test_stack_access_that_is_not_canonical_is_ss(guest: Guest, source: str, cpl
     assert outcome.rsp == address
 
 
-@pytest.mark.parametrize("cpl", (0, 3))
-@pytest.mark.parametrize("mapped", (False, True))
+@pytest.mark.parametrize("cpl", [0, 3])
+@pytest.mark.parametrize("mapped", [False, True])
 def test_access_across_the_canonical_boundary_is_gp_even_if_its_page_is_absent(
     guest: Guest, cpl: int, mapped: bool
 ) -> None:
@@ -84,7 +86,7 @@ def test_wrapping_stack_access_is_ss(wrapping: Guest) -> None:
     assert (outcome.vector, outcome.error_code, outcome.label) == (SS, 0, "fault")
 
 
-@pytest.mark.parametrize(("lass", "rflags"), ((False, 0), (True, RFLAGS_AC)))
+@pytest.mark.parametrize(("lass", "rflags"), [(False, 0), (True, RFLAGS_AC)])
 def test_wrapping_access_that_lass_allows_reads_both_ends(wrapping: Guest, lass: bool, rflags: int) -> None:
     wrapping.cr4 = wrapping.cr4 & ~CR4_LASS | CR4_LASS * lass
     outcome = wrapping.execute("mov rax, [rbx]", rbx=WRAPPING, rflags=rflags)
@@ -101,9 +103,11 @@ def test_lass_comes_before_reserved_bits(guest: Guest) -> None:
     assert (outcome.vector, outcome.error_code, outcome.cr2) == (PF, PF_P | PF_RSVD, LOW_SUPERVISOR)
 
 
-@pytest.mark.parametrize("branch", ("jmp rbx", "call rbx", "push rbx; fault: ret", "push rbx; fault: ret 16"))
-@pytest.mark.parametrize("cpl", (0, 3))
-def test_near_branch_to_an_address_that_is_not_canonical_faults_itself(guest: Guest, branch: str, cpl: int) -> None:
+@pytest.mark.parametrize("branch", ["jmp rbx", "call rbx", "push rbx; fault: ret", "push rbx; fault: ret 16"])
+@pytest.mark.parametrize("cpl", [0, 3])
+def test_near_branch_to_an_address_that_is_not_canonical_faults_itself(
+    guest: Guest, branch: str, cpl: int
+) -> None:
     """RIP is the branch, and RSP what it was before it."""
     source = branch if "fault" in branch else f"fault: {branch}"
     outcome = guest.execute(source, cpl=cpl, rbx=FIRST_NOT_CANONICAL)

@@ -37,8 +37,10 @@ def page_fault(guest: Guest, source: str, *, cpl: int = 0, **registers: int) -> 
     return outcome.error_code, outcome.cr2
 
 
-@pytest.mark.parametrize(("source", "access"), (("mov rax, [rbx]", 0), ("mov [rbx], rax", PF_W), ("push qword [rbx]", 0)))
-@pytest.mark.parametrize("cpl", (0, 3))
+@pytest.mark.parametrize(
+    ("source", "access"), [("mov rax, [rbx]", 0), ("mov [rbx], rax", PF_W), ("push qword [rbx]", 0)]
+)
+@pytest.mark.parametrize("cpl", [0, 3])
 def test_reserved_bit(guest: Guest, source: str, access: int, cpl: int) -> None:
     page = LOW_USER if cpl == 3 else HIGH_SUPERVISOR
     guest.tables.set_entry(page, FRAME | PTE_P | PTE_W | PTE_U * (cpl == 3) | RESERVED_BIT)
@@ -53,7 +55,7 @@ def test_nx_is_a_reserved_bit_without_efer_nxe(guest: Guest) -> None:
     assert page_fault(guest, "mov rax, [rbx]", rbx=HIGH_SUPERVISOR) == (PF_P | PF_RSVD, HIGH_SUPERVISOR)
 
 
-@pytest.mark.parametrize("cpl", (0, 3))
+@pytest.mark.parametrize("cpl", [0, 3])
 def test_fetch_from_an_nx_page(guest: Guest, cpl: int) -> None:
     page = LOW_USER if cpl == 3 else HIGH_SUPERVISOR
     guest.tables.map(page, FRAME, PTE_XD | PTE_U * (cpl == 3))
@@ -84,7 +86,7 @@ def test_user_write_to_a_read_only_page_does_not(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize("source", READ_MODIFY_WRITES)
-@pytest.mark.parametrize("cpl", (0, 3))
+@pytest.mark.parametrize("cpl", [0, 3])
 def test_read_modify_write_of_an_absent_page_reports_a_write(guest: Guest, source: str, cpl: int) -> None:
     page = layout.LOW_ABSENT if cpl == 3 else layout.HIGH_ABSENT
     assert page_fault(guest, source, cpl=cpl, rbx=page) == (PF_W | PF_U * (cpl == 3), page)
@@ -99,13 +101,19 @@ def test_read_modify_write_of_a_read_only_page_changes_nothing(guest: Guest, sou
     assert (outcome.registers.rax, outcome.registers.rcx) == (5, 1)
 
 
-@pytest.mark.parametrize("source", ("cmp [rbx], rax", "test [rbx], rax", "bt [rbx], rcx", "cmp qword [rbx], 5", "mul qword [rbx]"))
-def test_instructions_that_share_opcodes_with_read_modify_writes_report_a_read(guest: Guest, source: str) -> None:
+@pytest.mark.parametrize(
+    "source", ["cmp [rbx], rax", "test [rbx], rax", "bt [rbx], rcx", "cmp qword [rbx], 5", "mul qword [rbx]"]
+)
+def test_instructions_that_share_opcodes_with_read_modify_writes_report_a_read(
+    guest: Guest, source: str
+) -> None:
     assert page_fault(guest, source, cpl=3, rbx=layout.LOW_ABSENT) == (PF_U, layout.LOW_ABSENT)
 
 
 def test_bit_string_far_from_its_operand_reports_a_write(guest: Guest) -> None:
-    code, cr2 = page_fault(guest, "bts [rbx], rcx", cpl=3, rbx=LOW_USER, rcx=(layout.LOW_ABSENT - LOW_USER) * 8)
+    code, cr2 = page_fault(
+        guest, "bts [rbx], rcx", cpl=3, rbx=LOW_USER, rcx=(layout.LOW_ABSENT - LOW_USER) * 8
+    )
     assert (code, cr2) == (PF_W | PF_U, layout.LOW_ABSENT)
 
 
@@ -119,7 +127,7 @@ def half_mapped(guest: Guest) -> Guest:
 
 @pytest.mark.parametrize(
     ("source", "offset", "access"),
-    (
+    [
         ("mov rax, [rbx]", 4, 0),
         ("mov [rbx], rax", 4, PF_W),
         ("mov [rbx], ax", 1, PF_W),
@@ -129,7 +137,7 @@ def half_mapped(guest: Guest) -> Guest:
         ("movups [rbx], xmm0", 8, PF_W),
         ("fld qword [rbx]", 1, 0),
         ("fstp qword [rbx]", 7, PF_W),
-    ),
+    ],
 )
 def test_access_into_an_absent_second_page_reports_that_page(
     half_mapped: Guest, source: str, offset: int, access: int
@@ -159,7 +167,11 @@ def test_repeated_move_stops_where_its_source_faults(half_mapped: Guest) -> None
     second = HIGH_SUPERVISOR + PAGE_SIZE
     outcome = half_mapped.execute("fault: rep movsw", rsi=second - 4, rdi=UPPER + 0x60000, rcx=5)
     assert (outcome.vector, outcome.error_code, outcome.cr2) == (PF, 0, second)
-    assert (outcome.registers.rcx, outcome.registers.rsi, outcome.registers.rdi) == (3, second, UPPER + 0x60004)
+    assert (outcome.registers.rcx, outcome.registers.rsi, outcome.registers.rdi) == (
+        3,
+        second,
+        UPPER + 0x60004,
+    )
 
 
 def test_pop_to_memory_that_faults_leaves_rsp(guest: Guest) -> None:
@@ -208,9 +220,11 @@ def test_invlpg_makes_a_changed_entry_valid(guest: Guest) -> None:
     assert (outcome.registers.rax, outcome.registers.rcx) == (0x1111, 0x2222)
 
 
-@pytest.mark.parametrize("cpl", (0, 3))
-@pytest.mark.parametrize("split", (False, True))
-def test_fetch_into_an_absent_page_comes_after_the_instructions_before_it(guest: Guest, cpl: int, split: bool) -> None:
+@pytest.mark.parametrize("cpl", [0, 3])
+@pytest.mark.parametrize("split", [False, True])
+def test_fetch_into_an_absent_page_comes_after_the_instructions_before_it(
+    guest: Guest, cpl: int, split: bool
+) -> None:
     """Straight: the next instruction begins on the absent page. Split: it begins before it and reaches into it."""
     page = LOW_USER if cpl == 3 else HIGH_SUPERVISOR
     guest.tables.unmap(page + PAGE_SIZE)
@@ -247,7 +261,12 @@ def test_fault_in_an_earlier_instruction_wins_over_the_missing_page_behind_it(gu
     start = LOW_USER + PAGE_SIZE - len(code)
     guest.write(start, code)
     outcome = guest.execute("jmp r8", cpl=3, r8=start, rbx=layout.LOW_ABSENT)
-    assert (outcome.vector, outcome.error_code, outcome.cr2, outcome.rip) == (PF, PF_U, layout.LOW_ABSENT, start)
+    assert (outcome.vector, outcome.error_code, outcome.cr2, outcome.rip) == (
+        PF,
+        PF_U,
+        layout.LOW_ABSENT,
+        start,
+    )
 
 
 def test_execution_at_address_zero_is_nothing_special(guest: Guest) -> None:
@@ -262,4 +281,3 @@ def test_execution_at_address_zero_is_nothing_special(guest: Guest) -> None:
 def test_cr2_is_not_touched_by_other_faults(guest: Guest) -> None:
     outcome = guest.execute("ud2", cpl=3)
     assert outcome.cr2 == CR2_UNTOUCHED
-

@@ -65,7 +65,9 @@ def test_32_bit_paging(machine: LegacyMachine) -> None:
 
 def test_32_bit_paging_fault(machine: LegacyMachine) -> None:
     two_level_tables(machine)
-    machine.run_protected(paging_on(DIRECTORY, f"mov ebx, {PAGE_GVA + 0x2004:#x}; mov [ebx], eax"), cr4=CR4_PSE)
+    machine.run_protected(
+        paging_on(DIRECTORY, f"mov ebx, {PAGE_GVA + 0x2004:#x}; mov [ebx], eax"), cr4=CR4_PSE
+    )
     assert machine.vector == PF
     assert machine.stacked(4, 1) == [PF_W]
     assert machine.vcpu.get_sregs().cr2 == PAGE_GVA + 0x2004
@@ -106,7 +108,7 @@ def test_pae_pdpte_with_a_reserved_bit_is_gp(pae: LegacyMachine) -> None:
     assert pae.vector == GP
 
 
-@pytest.mark.parametrize("shift", (21, 30), ids=("2MiB", "1GiB"))
+@pytest.mark.parametrize("shift", [21, 30], ids=("2MiB", "1GiB"))
 def test_large_pages_in_4_level_paging(guest: Guest, shift: int) -> None:
     base = layout.UPPER + 0x80000000
     tables = guest.tables
@@ -118,7 +120,9 @@ def test_large_pages_in_4_level_paging(guest: Guest, shift: int) -> None:
         slot = table + 8 * (base >> 21 & 0x1FF)
     guest.memory.store(slot, 8, PRESENT | PTE_PS | PTE_G)
     guest.memory.write(PAGE, (0x1234).to_bytes(8, "little") + assemble("ret", 0).code)
-    outcome = guest.execute("mov rax, [rbx]; mov [rbx + 16], rax; call rdi", rbx=base + PAGE, rdi=base + PAGE + 8)
+    outcome = guest.execute(
+        "mov rax, [rbx]; mov [rbx + 16], rax; call rdi", rbx=base + PAGE, rdi=base + PAGE + 8
+    )
     assert outcome.completed
     assert outcome.registers.rax == guest.memory.load(PAGE + 16, 8) == 0x1234
     assert guest.memory.load(slot, 8) == PRESENT | PTE_PS | PTE_G | PTE_A | PTE_D
@@ -141,7 +145,9 @@ def test_5_level_paging(five_level_guest: Guest) -> None:
     guest.tables.map(kernel, PAGE)
     guest.memory.write(PAGE, (0x1234).to_bytes(8, "little") + assemble("ret", 0).code)
     for cpl, page in ((3, user), (0, kernel)):
-        outcome = guest.execute("mov rax, [rbx]; mov [rbx + 16], rax; call rdi", cpl=cpl, rbx=page, rdi=page + 8)
+        outcome = guest.execute(
+            "mov rax, [rbx]; mov [rbx + 16], rax; call rdi", cpl=cpl, rbx=page, rdi=page + 8
+        )
         assert outcome.completed
         assert outcome.registers.rax == 0x1234
 
@@ -161,4 +167,3 @@ def test_la57_cannot_be_switched_in_long_mode(five_level_guest: Guest) -> None:
     five_level_guest.reset()
     outcome = five_level_guest.execute("mov rax, cr4; btr rax, 12; fault: mov cr4, rax")
     assert (outcome.vector, outcome.error_code, outcome.label) == (GP, 0, "fault")
-

@@ -17,7 +17,12 @@ IOPL_3 = 3 << 12
 
 @pytest.mark.parametrize(
     ("source", "size", "value"),
-    (("out 0x99, al", 1, 0x44), ("out dx, al", 1, 0x44), ("out dx, ax", 2, 0x3344), ("out dx, eax", 4, 0x11223344)),
+    [
+        ("out 0x99, al", 1, 0x44),
+        ("out dx, al", 1, 0x44),
+        ("out dx, ax", 2, 0x3344),
+        ("out dx, eax", 4, 0x11223344),
+    ],
 )
 def test_out_is_an_exit_with_the_value(guest: Guest, source: str, size: int, value: int) -> None:
     outcome = guest.execute(f"fault: {source}", rax=0x11223344, rdx=PORT)
@@ -27,12 +32,12 @@ def test_out_is_an_exit_with_the_value(guest: Guest, source: str, size: int, val
 
 @pytest.mark.parametrize(
     ("source", "size", "result"),
-    (
+    [
         ("in al, 0x99", 1, 0xFFFF_FFFF_FFFF_FFA5),
         ("in al, dx", 1, 0xFFFF_FFFF_FFFF_FFA5),
         ("in ax, dx", 2, 0xFFFF_FFFF_FFFF_A5A5),
         ("in eax, dx", 4, 0xA5A5_A5A5),
-    ),
+    ],
 )
 def test_in_takes_what_the_vmm_answers(guest: Guest, source: str, size: int, result: int) -> None:
     outcome = guest.execute(source, rax=2**64 - 1, rdx=PORT)
@@ -97,7 +102,7 @@ def test_string_output_from_a_low_address_violates_lass(guest: Guest) -> None:
     assert (outcome.vector, outcome.error_code, outcome.label) == (GP, 0, "fault")
 
 
-@pytest.mark.parametrize("source", ("in al, dx", "out dx, al", "in eax, 0x99", "insb", "outsb", "rep outsb"))
+@pytest.mark.parametrize("source", ["in al, dx", "out dx, al", "in eax, 0x99", "insb", "outsb", "rep outsb"])
 def test_user_mode_needs_iopl_or_the_bitmap(guest: Guest, source: str) -> None:
     registers = {"rdx": PORT, "rdi": LOW_USER, "rsi": LOW_USER, "rcx": 1}
     outcome = guest.execute(f"fault: {source}", cpl=3, **registers)
@@ -107,7 +112,7 @@ def test_user_mode_needs_iopl_or_the_bitmap(guest: Guest, source: str) -> None:
     assert isinstance(guest.execute(source, cpl=3, **registers).exit, IoExit)
 
 
-@pytest.mark.parametrize(("source", "bits"), (("in al, dx", 1), ("in ax, dx", 3), ("in eax, dx", 0xF)))
+@pytest.mark.parametrize(("source", "bits"), [("in al, dx", 1), ("in ax, dx", 3), ("in eax, dx", 0xF)])
 def test_every_port_of_an_access_needs_its_bit_clear(guest: Guest, source: str, bits: int) -> None:
     gpa = layout.TSS_GPA + layout.IO_BITMAP + 0x100 // 8
     guest.memory.store(gpa, 2, 0xFFFF & ~(bits << 5))

@@ -30,7 +30,10 @@ def test_function_rewritten_between_two_calls(guest: Guest) -> None:
 def test_function_rewritten_many_times(guest: Guest) -> None:
     guest.write(LOW_USER, RETURN_1)
     outcome = guest.execute(
-        "xor r8, r8; again: mov [rbx + 1], ecx; call rbx; add r8, rax; dec ecx; jne again", cpl=3, rbx=LOW_USER, rcx=100
+        "xor r8, r8; again: mov [rbx + 1], ecx; call rbx; add r8, rax; dec ecx; jne again",
+        cpl=3,
+        rbx=LOW_USER,
+        rcx=100,
     )
     assert outcome.completed
     assert outcome.registers.r8 == 5050
@@ -38,14 +41,18 @@ def test_function_rewritten_many_times(guest: Guest) -> None:
 
 def test_instruction_rewritten_by_the_one_before_it(guest: Guest) -> None:
     """Within one block: the store and the changed instruction are neighbours."""
-    guest.write(LOW_USER, assemble("mov byte [rip + changed + 1], 7; changed: mov eax, 1; int 0x80", LOW_USER).code)
+    guest.write(
+        LOW_USER, assemble("mov byte [rip + changed + 1], 7; changed: mov eax, 1; int 0x80", LOW_USER).code
+    )
     outcome = guest.execute("jmp rbx", cpl=3, rbx=LOW_USER)
     assert outcome.completed
     assert outcome.registers.rax == 7
 
 
 def test_loop_that_rewrites_its_own_body(guest: Guest) -> None:
-    loop = "again: inc byte [rip + changed + 1]; changed: mov eax, 0; add r8, rax; dec ecx; jne again; int 0x80"
+    loop = (
+        "again: inc byte [rip + changed + 1]; changed: mov eax, 0; add r8, rax; dec ecx; jne again; int 0x80"
+    )
     guest.write(LOW_USER, assemble(loop, LOW_USER).code)
     outcome = guest.execute("jmp rbx", cpl=3, rbx=LOW_USER, rcx=20)
     assert outcome.completed
@@ -57,7 +64,11 @@ def test_store_through_a_writable_alias_of_an_executable_page(guest: Guest) -> N
     guest.tables.map(ALIAS, layout.DATA_GPA, PTE_U)
     guest.memory.write(layout.DATA_GPA, RETURN_1)
     outcome = guest.execute(
-        "again: mov [rdi + 1], ecx; call rbx; add r8, rax; dec ecx; jne again", cpl=3, rbx=LOW_USER, rdi=ALIAS, rcx=50
+        "again: mov [rdi + 1], ecx; call rbx; add r8, rax; dec ecx; jne again",
+        cpl=3,
+        rbx=LOW_USER,
+        rdi=ALIAS,
+        rcx=50,
     )
     assert outcome.completed
     assert outcome.registers.r8 == 1275
@@ -155,7 +166,9 @@ def test_exception_frame_on_a_page_with_executed_code(guest: Guest) -> None:
     assert outcome.rip in range(slot, slot + 8)
 
 
-@pytest.mark.xfail(strict=True, reason="native #PF delivery stores its frame without forgetting translated code")
+@pytest.mark.xfail(
+    strict=True, reason="native #PF delivery stores its frame without forgetting translated code"
+)
 def test_page_fault_frame_on_a_page_with_executed_code(guest: Guest) -> None:
     """The same where delivery does not leave native code: the error code, 0, lies at the slot (ADD [RAX], AL)."""
     top = HIGH_SUPERVISOR + 0x800

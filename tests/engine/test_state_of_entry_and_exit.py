@@ -12,19 +12,39 @@ from lasskvm.kvm import IoExit
 from lasskvm.x86.msr import MSR_IA32_FS_BASE, MSR_IA32_GS_BASE, MSR_IA32_KERNEL_GS_BASE
 from lasskvm.x86.registers import RFLAGS_ARITHMETIC, RFLAGS_CF, RFLAGS_DF, RFLAGS_FIXED, RFLAGS_ZF
 
-FLAGS_AT_ENTRY = pytest.mark.xfail(strict=True, reason="direct execution starts with the arithmetic flags and DF clear")
-GENERAL = ("rax", "rcx", "rdx", "rbx", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
+FLAGS_AT_ENTRY = pytest.mark.xfail(
+    strict=True, reason="direct execution starts with the arithmetic flags and DF clear"
+)
+GENERAL = (
+    "rax",
+    "rcx",
+    "rdx",
+    "rbx",
+    "rbp",
+    "rsi",
+    "rdi",
+    "r8",
+    "r9",
+    "r10",
+    "r11",
+    "r12",
+    "r13",
+    "r14",
+    "r15",
+)
 
 
 def test_general_registers_go_in_and_come_out(guest: Guest) -> None:
     values = {name: 0x1111_2222_3333_0000 + number for number, name in enumerate(GENERAL)}
     increments = "; ".join(f"inc {name}" for name in GENERAL)
     registers = guest.execute(increments, **values).registers
-    assert {name: getattr(registers, name) for name in GENERAL} == {name: value + 1 for name, value in values.items()}
+    assert {name: getattr(registers, name) for name in GENERAL} == {
+        name: value + 1 for name, value in values.items()
+    }
 
 
 @FLAGS_AT_ENTRY
-@pytest.mark.parametrize("flags", (RFLAGS_CF, RFLAGS_ZF, RFLAGS_DF, RFLAGS_ARITHMETIC | RFLAGS_DF))
+@pytest.mark.parametrize("flags", [RFLAGS_CF, RFLAGS_ZF, RFLAGS_DF, RFLAGS_ARITHMETIC | RFLAGS_DF])
 def test_flags_that_the_vmm_sets_reach_the_guest(guest: Guest, flags: int) -> None:
     outcome = guest.execute("pushfq; pop rax", rflags=flags)
     assert outcome.registers.rax == RFLAGS_FIXED | flags
@@ -32,18 +52,21 @@ def test_flags_that_the_vmm_sets_reach_the_guest(guest: Guest, flags: int) -> No
 
 @pytest.mark.parametrize(
     "source",
-    (
+    [
         "mov rbx, cr4",
         "mov cr3, rdx",
         *(
             pytest.param(source, marks=FLAGS_AT_ENTRY)
             for source in ("cpuid", "rdmsr", "invlpg [rsp]", "clflush [rsp]", "out 0x99, al")
         ),
-    ),
+    ],
 )
 def test_flags_survive_an_instruction_that_exits(guest: Guest, source: str) -> None:
     guest.start(
-        f"cmp rax, rax; stc; std; {source}; pushfq; pop rsi", rax=7, rcx=MSR_IA32_GS_BASE, rdx=guest.tables.root
+        f"cmp rax, rax; stc; std; {source}; pushfq; pop rsi",
+        rax=7,
+        rcx=MSR_IA32_GS_BASE,
+        rdx=guest.tables.root,
     )
     outcome = guest.run()
     if isinstance(outcome.exit, IoExit):
@@ -52,7 +75,7 @@ def test_flags_survive_an_instruction_that_exits(guest: Guest, source: str) -> N
     assert outcome.registers.rsi & wanted == wanted
 
 
-@pytest.mark.parametrize("source", ("stc", "clc; stc", "std", "xor eax, eax; stc; std"))
+@pytest.mark.parametrize("source", ["stc", "clc; stc", "std", "xor eax, eax; stc; std"])
 def test_flags_come_out_in_the_frame(guest: Guest, source: str) -> None:
     flags = guest.execute(f"{source}; ud2", cpl=3).rflags
     assert bool(flags & RFLAGS_CF) == ("stc" in source)
@@ -107,11 +130,15 @@ def test_x87_and_sse_state_survives_exits(guest: Guest) -> None:
 
 
 def test_time_stamp_counter_never_stands_still(guest: Guest) -> None:
-    outcome = guest.execute("rdtsc; mov ecx, eax; rdtsc; cmp eax, ecx; seta bl; rdtscp; cmp eax, ecx; seta bh")
+    outcome = guest.execute(
+        "rdtsc; mov ecx, eax; rdtsc; cmp eax, ecx; seta bl; rdtscp; cmp eax, ecx; seta bh"
+    )
     assert outcome.registers.rbx & 0xFFFF == 0x0101
 
 
 def test_far_jump_reloads_cs(guest: Guest) -> None:
-    outcome = guest.execute("push rax; lea rbx, [rip + there]; push rbx; retfq; hlt; there: mov ecx, cs", rax=KERNEL_CS)
+    outcome = guest.execute(
+        "push rax; lea rbx, [rip + there]; push rbx; retfq; hlt; there: mov ecx, cs", rax=KERNEL_CS
+    )
     assert outcome.completed
     assert outcome.registers.rcx == KERNEL_CS

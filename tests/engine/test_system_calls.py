@@ -46,8 +46,10 @@ def entry_points(guest: Guest) -> None:
 # --------------------------------------------------------------------------------------------- SYSCALL, SYSRET
 
 
-@pytest.mark.parametrize(("source", "length"), (("syscall", 2), ("db 0x48, 0x0f, 0x05", 3), ("db 0x66, 0x48, 0x0f, 0x05", 4)))
-@pytest.mark.parametrize("cpl", (0, 3))
+@pytest.mark.parametrize(
+    ("source", "length"), [("syscall", 2), ("db 0x48, 0x0f, 0x05", 3), ("db 0x66, 0x48, 0x0f, 0x05", 4)]
+)
+@pytest.mark.parametrize("cpl", [0, 3])
 def test_syscall(guest: Guest, source: str, length: int, cpl: int) -> None:
     guest.place(assemble("hlt", HANDLER))
     outcome = guest.execute(source, cpl=cpl, rflags=RFLAGS_IF | RFLAGS_AC)
@@ -106,7 +108,7 @@ def test_sysret_to_an_upper_half_address_faults_in_user_mode(guest: Guest) -> No
     assert (outcome.vector, outcome.error_code, outcome.rip, outcome.cs) == (GP, 0, layout.HIGH_USER, USER_CS)
 
 
-@pytest.mark.parametrize("source", ("sysretq", "sysexitq"))
+@pytest.mark.parametrize("source", ["sysretq", "sysexitq"])
 def test_return_instructions_are_privileged(guest: Guest, source: str) -> None:
     outcome = guest.execute(f"fault: {source}", cpl=3, rcx=USER_CODE, rdx=USER_CODE)
     assert (outcome.vector, outcome.error_code, outcome.label) == (GP, 0, "fault")
@@ -121,7 +123,7 @@ def test_sysret_without_sce_is_undefined(guest: Guest) -> None:
 # ------------------------------------------------------------------------------------------- SYSENTER, SYSEXIT
 
 
-@pytest.mark.parametrize("bits", (32, 64))
+@pytest.mark.parametrize("bits", [32, 64])
 def test_sysenter(guest: Guest, bits: int) -> None:
     guest.place(assemble("hlt", HANDLER))
     outcome = guest.execute("sysenter", cpl=3, bits=bits, rflags=RFLAGS_IF)
@@ -132,7 +134,7 @@ def test_sysenter(guest: Guest, bits: int) -> None:
     assert (sregs.cs.selector, sregs.ss.selector) == (KERNEL_CS, KERNEL_SS)
 
 
-@pytest.mark.parametrize("selector", (0, 3))
+@pytest.mark.parametrize("selector", [0, 3])
 def test_sysenter_with_a_null_selector_is_gp(guest: Guest, selector: int) -> None:
     guest.msrs[MSR_IA32_SYSENTER_CS] = selector
     outcome = guest.execute("fault: sysenter", cpl=3)
@@ -153,9 +155,11 @@ def test_sysexit_to_compatibility_mode(guest: Guest) -> None:
     assert (outcome.cs, outcome.ss, outcome.rsp) == (USER_CS32, USER_SS, USER_STACK_TOP)
 
 
-@pytest.mark.parametrize("register", ("rcx", "rdx"))
+@pytest.mark.parametrize("register", ["rcx", "rdx"])
 def test_sysexit_to_an_address_that_is_not_canonical_is_gp(guest: Guest, register: str) -> None:
-    outcome = guest.execute("fault: sysexitq", **({"rcx": USER_STACK_TOP, "rdx": LOW_USER} | {register: NOT_CANONICAL}))
+    outcome = guest.execute(
+        "fault: sysexitq", **({"rcx": USER_STACK_TOP, "rdx": LOW_USER} | {register: NOT_CANONICAL})
+    )
     assert (outcome.vector, outcome.error_code, outcome.label) == (GP, 0, "fault")
 
 
@@ -170,7 +174,9 @@ def iret_frame(rip: int, cs: int, rsp: int, ss: int, rflags: int = RFLAGS_FIXED)
 
 def test_iret_to_user_mode(guest: Guest) -> None:
     guest.write(LOW_USER, assemble("int 0x80", LOW_USER).code)
-    outcome = guest.execute(IRETQ, **iret_frame(LOW_USER, USER_CS, USER_STACK_TOP - 8, USER_SS, RFLAGS_IF | 2))
+    outcome = guest.execute(
+        IRETQ, **iret_frame(LOW_USER, USER_CS, USER_STACK_TOP - 8, USER_SS, RFLAGS_IF | 2)
+    )
     assert outcome.completed
     assert (outcome.cs, outcome.ss, outcome.rsp) == (USER_CS, USER_SS, USER_STACK_TOP - 8)
     assert outcome.rflags & RFLAGS_IF
@@ -199,12 +205,14 @@ def test_iret_to_an_upper_half_address_in_user_mode_faults_there(guest: Guest) -
 
 
 def test_iret_to_a_low_kernel_address_faults_there(guest: Guest) -> None:
-    outcome = guest.execute(IRETQ, **iret_frame(LOW_USER, KERNEL_CS, KERNEL_STACK_TOP, KERNEL_SS, RFLAGS_AC | 2))
+    outcome = guest.execute(
+        IRETQ, **iret_frame(LOW_USER, KERNEL_CS, KERNEL_STACK_TOP, KERNEL_SS, RFLAGS_AC | 2)
+    )
     assert (outcome.vector, outcome.error_code, outcome.rip, outcome.cs) == (GP, 0, LOW_USER, KERNEL_CS)
 
 
 @pytest.mark.xfail(strict=True, reason="IRET to a non-canonical RIP completes and faults at its target")
-@pytest.mark.parametrize("user", (False, True))
+@pytest.mark.parametrize("user", [False, True])
 def test_iret_to_an_address_that_is_not_canonical_faults_itself(guest: Guest, user: bool) -> None:
     frame = (
         iret_frame(NOT_CANONICAL, USER_CS, USER_STACK_TOP, USER_SS)
@@ -215,7 +223,10 @@ def test_iret_to_an_address_that_is_not_canonical_faults_itself(guest: Guest, us
     assert (outcome.vector, outcome.error_code, outcome.label, outcome.cs) == (GP, 0, "fault", KERNEL_CS)
 
 
-@pytest.mark.parametrize(("cs", "ss", "error_code"), ((0x100, USER_SS, 0x100), (USER_SS, USER_SS, 0x20), (0, USER_SS, 0), (USER_CS, 0x103, 0x100)))
+@pytest.mark.parametrize(
+    ("cs", "ss", "error_code"),
+    [(0x100, USER_SS, 0x100), (USER_SS, USER_SS, 0x20), (0, USER_SS, 0), (USER_CS, 0x103, 0x100)],
+)
 def test_iret_with_a_bad_selector_is_gp_at_the_iret(guest: Guest, cs: int, ss: int, error_code: int) -> None:
     outcome = guest.execute(IRETQ, **iret_frame(LOW_USER, cs, USER_STACK_TOP, ss))
     assert (outcome.vector, outcome.error_code, outcome.label) == (GP, error_code, "fault")

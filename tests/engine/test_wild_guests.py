@@ -18,15 +18,32 @@ from lasskvm.kvm import (
     MmioExit,
     Regs,
     ShutdownExit,
+    vcpu,
 )
-from lasskvm.kvm import vcpu
 from lasskvm.memory import PAGE_SIZE
+from lasskvm.x86.exceptions import PF
 from lasskvm.x86.paging import PTE_P, PTE_U, PTE_W
 
 EXITS = (HltExit, InternalErrorExit, IntrExit, IoExit, MmioExit, ShutdownExit)
 CODE_BYTES = 256
 HOLE = 1 << 32
-GENERAL = ("rax", "rcx", "rdx", "rbx", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
+GENERAL = (
+    "rax",
+    "rcx",
+    "rdx",
+    "rbx",
+    "rbp",
+    "rsi",
+    "rdi",
+    "r8",
+    "r9",
+    "r10",
+    "r11",
+    "r12",
+    "r13",
+    "r14",
+    "r15",
+)
 RUNS_PER_GUEST = 3
 
 
@@ -39,7 +56,10 @@ def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 def random_registers(rng: random.Random) -> dict[str, int]:
     """Some registers hold addresses, some small numbers, some anything."""
     choices = (
-        lambda: rng.choice((HIGH_SUPERVISOR, layout.LOW_USER, UPPER, KERNEL_CODE, USER_CODE)) + rng.randrange(PAGE_SIZE),
+        lambda: (
+            rng.choice((HIGH_SUPERVISOR, layout.LOW_USER, UPPER, KERNEL_CODE, USER_CODE))
+            + rng.randrange(PAGE_SIZE)
+        ),
         lambda: rng.randrange(256),
         lambda: rng.getrandbits(64),
     )
@@ -55,7 +75,7 @@ def run_wild(guest: Guest) -> None:
             return
 
 
-@pytest.mark.parametrize("cpl", (0, 3))
+@pytest.mark.parametrize("cpl", [0, 3])
 @pytest.mark.parametrize("seed", range(60))
 def test_random_bytes_as_code(guest: Guest, cpl: int, seed: int) -> None:
     rng = random.Random(f"code {cpl} {seed}")
@@ -74,15 +94,43 @@ def test_random_bytes_as_16_bit_and_32_bit_code(guest: Guest, seed: int) -> None
     assert isinstance(run(f"db {code}", **{name: rng.getrandbits(16) for name in GENERAL[:7]}), EXITS)
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_random_page_tables(guest: Guest, seed: int) -> None:
-    rng = random.Random(f"tables {seed}")
-    guest.start("mov rax, [rbx]; mov [rcx], rax; push rax; call rdx", **random_registers(rng))
+def tables_on_the_way_to(guest: Guest, gva: int) -> set[int]:
+    """The page tables that translate *gva*."""
+    found, table = set(), guest.tables.root
+    for shift in (39, 30, 21, 12):
+        found.add(table)
+        table = guest.memory.load(table + 8 * (gva >> shift & 0x1FF), 8) & ((1 << 52) - PAGE_SIZE)
+    return found
+
+
+def scramble(guest: Guest, rng: random.Random, spared: set[int]) -> None:
+    """Write nonsense into page tables, but not into those in *spared*."""
     first = layout.TABLES_GPA
-    for _ in range(200):
-        table = rng.randrange(first, guest.tables.next_free, 8)
-        guest.memory.store(table, 8, rng.choice((rng.getrandbits(64), first | PTE_P | PTE_W | PTE_U, HOLE | PTE_P)))
+    for _ in range(300):
+        entry = rng.randrange(first, guest.tables.next_free, 8)
+        if entry & -PAGE_SIZE not in spared:
+            guest.memory.store(
+                entry, 8, rng.choice((rng.getrandbits(64), first | PTE_P | PTE_W | PTE_U, HOLE | PTE_P))
+            )
+
+
+@pytest.mark.parametrize("cpl", [0, 3])
+@pytest.mark.parametrize("seed", range(30))
+def test_random_page_tables(guest: Guest, cpl: int, seed: int) -> None:
+    rng = random.Random(f"tables {cpl} {seed}")
+    guest.start("mov rax, [rbx]; mov [rcx], rax; push rax; call rdx", cpl=cpl, **random_registers(rng))
+    scramble(guest, rng, tables_on_the_way_to(guest, layout.HANDLERS))
     run_wild(guest)
+
+
+@pytest.mark.xfail(
+    run=False, reason="a page-fault handler that cannot be fetched keeps native delivery busy for ever"
+)
+def test_page_fault_handler_that_faults_itself_comes_back_to_the_vmm(guest: Guest) -> None:
+    """Each delivery succeeds, on the IST stack, and the fetch of the handler is the next page fault."""
+    layout.set_gate(guest.memory, PF, layout.HIGH_ABSENT, ist=layout.IST)
+    guest.start("mov rax, [rbx]", rbx=layout.HIGH_ABSENT)
+    assert isinstance(guest.vcpu.run(), IntrExit)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -91,7 +139,9 @@ def test_random_descriptor_tables(guest: Guest, seed: int) -> None:
     for gpa in (layout.GDT_GPA, layout.IDT_GPA, layout.TSS_GPA, layout.LDT_GPA):
         for _ in range(100):
             guest.memory.store(gpa + rng.randrange(0, 0x100, 2), 2, rng.getrandbits(16))
-    guest.start("mov fs, eax; int 0x33; ud2; lldt ax; ltr ax; retfq", cpl=rng.choice((0, 3)), **random_registers(rng))
+    guest.start(
+        "mov fs, eax; int 0x33; ud2; lldt ax; ltr ax; retfq", cpl=rng.choice((0, 3)), **random_registers(rng)
+    )
     run_wild(guest)
 
 
@@ -126,7 +176,15 @@ def test_loads_from_a_hole_are_all_ones_and_stores_are_dropped(guest: Guest) -> 
     assert (outcome.registers.rax, outcome.registers.rcx) == (2**64 - 1, 0xFF)
 
 
-@pytest.mark.parametrize("source", ("loop: jmp loop", "loop: inc rax; jmp loop", "loop: mov [rbx], rax; jmp loop", "cpuid; loop: cpuid; jmp loop"))
+@pytest.mark.parametrize(
+    "source",
+    [
+        "loop: jmp loop",
+        "loop: inc rax; jmp loop",
+        "loop: mov [rbx], rax; jmp loop",
+        "cpuid; loop: cpuid; jmp loop",
+    ],
+)
 def test_endless_loop_comes_back_to_the_vmm(guest: Guest, source: str) -> None:
     guest.start(source, rbx=HIGH_SUPERVISOR)
     for _ in range(2):

@@ -16,6 +16,7 @@ __all__ = [
     "STATUS_ERROR",
     "STATUS_FAILED",
     "STATUS_INTERRUPTED",
+    "ignore",
     "nearest",
     "reports_errors",
     "say",
@@ -35,6 +36,11 @@ STATUS_BROKEN_PIPE = 141
 def say(message: str) -> None:
     """Print one line on standard error: everything that is not the command's result."""
     typer.echo(f"lasskvm: {message}", err=True)
+
+
+def ignore(message: str) -> None:
+    """Do without *message*: what takes the place of :func:`say` when a command is to be quiet."""
+    del message
 
 
 def reports_errors(command: Callable[_Parameters, None]) -> Callable[_Parameters, None]:

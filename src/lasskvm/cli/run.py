@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lasskvm.cli.cpu import LIST, print_models
-from lasskvm.cli.reporting import STATUS_FAILED, reports_errors, say
+from lasskvm.cli.reporting import STATUS_FAILED, ignore, reports_errors, say
 from lasskvm.errors import ImageError
 from lasskvm.x86.cpuid import parse_cpu
 
@@ -35,11 +35,11 @@ lasskvm run bzImage --initrd initramfs.cpio --append mitigations=off
 writes to port 0xf4; 0 when the guest powers off or restarts; 1 when it crashes; 124 at the time limit; 130 \
 after Ctrl-C; 2 when something is wrong with the command."""
 
-#: What Linux is told unless --cmdline says otherwise. Everything else it finds out: that there is no ACPI, no
-#: PCI, no APIC and no keyboard costs it no time. The TSC is to be trusted, since on the host's clock timer
-#: interrupts come late when the host is busy, and Linux would take the TSC to be wrong. A panic restarts,
-#: which ends the run.
-LINUX_COMMAND_LINE = "console=ttyS0 tsc=reliable panic=-1 reboot=k"
+#: What Linux is told unless --cmdline says otherwise. That there is no PCI, no APIC and no keyboard it finds out
+#: in no time; without ACPI tables it would complain about the firmware. The TSC is to be trusted: on the host's
+#: clock timer interrupts come late when the host is busy, and Linux would take the TSC to be wrong. A panic
+#: restarts, which ends the run.
+LINUX_COMMAND_LINE = "console=ttyS0 acpi=off tsc=reliable panic=-1 reboot=k"
 #: The console from the first line on, and as little as possible on it.
 _EARLY_CONSOLE = "earlyprintk=serial,ttyS0,115200"
 _QUIET = "quiet"
@@ -149,7 +149,7 @@ def run(
     )
     console.connect(pc.uart, pc.vm.clock.now, pc.stop)
     _load(pc, kernel, ramdisk, _command_line(append, cmdline, quiet))
-    kvm.prepare(_no_progress if quiet else say)
+    kvm.prepare(ignore if quiet else say)
     if console.is_raw and not quiet:
         say(HINT)
     with console:
@@ -157,10 +157,6 @@ def run(
     if stats:
         _print_statistics(pc)
     raise typer.Exit(_status(ending, bool(program)))
-
-
-def _no_progress(line: str) -> None:
-    del line
 
 
 def _command_line(append: str, cmdline: str | None, quiet: bool) -> str:

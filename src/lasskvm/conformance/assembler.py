@@ -32,7 +32,6 @@ from iced_x86 import (
 
 from lasskvm.conformance.operands import (
     FarAddress,
-    Immediate,
     Memory,
     Operand,
     RegisterOperand,
@@ -44,12 +43,17 @@ from lasskvm.conformance.operands import (
 __all__ = ["Assembled", "assemble"]
 
 _DATA = {"db": 1, "dw": 2, "dd": 4, "dq": 8}
-_PREFIXES = {"lock": "has_lock_prefix", "rep": "has_rep_prefix", "repe": "has_repe_prefix", "repne": "has_repne_prefix"}
+_PREFIXES = {
+    "lock": "has_lock_prefix",
+    "rep": "has_rep_prefix",
+    "repe": "has_repe_prefix",
+    "repne": "has_repne_prefix",
+}
 _STRING_INSTRUCTIONS = frozenset(
     f"{name}{size}" for name in ("movs", "cmps", "scas", "lods", "stos", "ins", "outs") for size in "bwdq"
 )
 #: Immediate operand kinds: (bits stored, bits they are sign-extended to).
-_IMMEDIATES = {
+_IMMEDIATES: dict[int, tuple[int, int]] = {
     OpCodeOperandKind.IMM8: (8, 8), OpCodeOperandKind.IMM16: (16, 16), OpCodeOperandKind.IMM32: (32, 32),
     OpCodeOperandKind.IMM64: (64, 64), OpCodeOperandKind.IMM8SEX16: (8, 16), OpCodeOperandKind.IMM8SEX32: (8, 32),
     OpCodeOperandKind.IMM8SEX64: (8, 64), OpCodeOperandKind.IMM32SEX64: (32, 64),
@@ -246,7 +250,8 @@ def _create(code: int, kinds: tuple[int, ...], operands: list[Operand], bits: in
     create: Any = Instruction
     if not operands:
         return create.create(code)  # type: ignore[no-any-return]
-    names, arguments = [], []
+    names: list[str] = []
+    arguments: list[object] = []
     for kind, operand in zip(kinds, operands, strict=True):
         if isinstance(operand, RegisterOperand):
             names.append("reg")

@@ -187,11 +187,15 @@ class Guest:
         vector = error_code = None
         frame = (regs.rip, sregs.cs.selector, regs.rflags, regs.rsp, sregs.ss.selector)
         offset = regs.rip - len(_HLT) - layout.HANDLERS
-        in_handler = offset % layout.HANDLER_BYTES == 0 and 0 <= offset < layout.VECTORS * layout.HANDLER_BYTES
+        in_handler = (
+            offset % layout.HANDLER_BYTES == 0 and 0 <= offset < layout.VECTORS * layout.HANDLER_BYTES
+        )
         if isinstance(reason, HltExit) and in_handler:
             vector = offset // layout.HANDLER_BYTES
             error_code, frame = self._frame(vector, regs.rsp)
-        return Outcome(reason, vector, error_code, *frame, cr2=sregs.cr2, registers=regs, program=self._program)
+        return Outcome(
+            reason, vector, error_code, *frame, cr2=sregs.cr2, registers=regs, program=self._program
+        )
 
     def _frame(self, vector: int, rsp: int) -> tuple[int | None, tuple[int, int, int, int, int]]:
         """The error code and RIP, CS, RFLAGS, RSP and SS that delivery has pushed at *rsp*.
@@ -210,15 +214,11 @@ class Guest:
 
     def place(self, program: Assembled) -> None:
         """Write *program* into memory, through the page tables."""
-        for offset in range(0, len(program.code), layout.PAGE_SIZE):
-            self.write(program.address + offset, program.code[offset : offset + layout.PAGE_SIZE])
+        self.write(program.address, program.code)
 
     def write(self, gva: int, data: bytes) -> None:
         """Write *data* at linear *gva* on behalf of the VMM: protection does not matter, the mapping must exist."""
-        while data:
-            length = min(len(data), layout.PAGE_SIZE - gva % layout.PAGE_SIZE)
-            self.memory.write(self.gpa(gva), data[:length])
-            gva, data = gva + length, data[length:]
+        self.tables.write(gva, data)
 
     def read(self, gva: int, size: int = _WORD_BYTES) -> int:
         """The little-endian value of *size* bytes at linear *gva*, which must not cross a page."""
@@ -226,7 +226,7 @@ class Guest:
 
     def gpa(self, gva: int) -> int:
         """The guest-physical address that *gva* is mapped to."""
-        return self.tables.frame(gva) + gva % layout.PAGE_SIZE
+        return self.tables.gpa(gva)
 
     def stack(self, rsp: int, words: int) -> list[int]:
         """The *words* 64-bit words at linear *rsp*, lowest first."""

@@ -24,9 +24,7 @@ from lasskvm.x86.registers import (
     AR_CODE32,
     AR_CODE64,
     AR_DATA,
-    AR_DB,
     AR_DPL_SHIFT,
-    AR_G,
     AR_LDT,
     AR_P,
     AR_TSS64_BUSY,
@@ -76,7 +74,9 @@ USER_STACK_TOP = USER_STACK + 0x2000
 
 # Two pages of every kind to access; the absent ones have page tables, but their last-level entries are 0.
 LOW_USER, LOW_SUPERVISOR, LOW_ABSENT = 0x500000, 0x600000, 0x700000
-HIGH_USER, HIGH_SUPERVISOR, HIGH_ABSENT = (UPPER + 0x40000000 + low for low in (LOW_USER, LOW_SUPERVISOR, LOW_ABSENT))
+HIGH_USER, HIGH_SUPERVISOR, HIGH_ABSENT = (
+    UPPER + 0x40000000 + low for low in (LOW_USER, LOW_SUPERVISOR, LOW_ABSENT)
+)
 _DATA_PAGES = (
     (LOW_USER, DATA_GPA, PTE_U),
     (LOW_SUPERVISOR, DATA_GPA + 0x4000, 0),
@@ -163,6 +163,17 @@ class PageTables:
         """The guest-physical address of the page that *gva* is mapped to."""
         return self.entry(gva) & _ENTRY_ADDRESS
 
+    def gpa(self, gva: int) -> int:
+        """The guest-physical address that *gva* is mapped to."""
+        return self.frame(gva) + gva % PAGE_SIZE
+
+    def write(self, gva: int, data: bytes) -> None:
+        """Write *data* at linear *gva* on behalf of the VMM: protection does not matter, the mapping must exist."""
+        while data:
+            length = min(len(data), PAGE_SIZE - gva % PAGE_SIZE)
+            self._memory.write(self.gpa(gva), data[:length])
+            gva, data = gva + length, data[length:]
+
     def set_entry(self, gva: int, entry: int) -> None:
         """Write the last-level entry for *gva*; tables on the way are made, and allow everything."""
         self._memory.store(self.entry_gpa(gva), _ENTRY_BYTES, entry)
@@ -220,7 +231,13 @@ def write_tables(memory: GuestMemory) -> None:
     memory.store(TSS_GPA + TSS64_IO_MAP_BASE, 2, IO_BITMAP)
     memory.write(TSS_GPA + IO_BITMAP, b"\xff" * _IO_BITMAP_BYTES)
     for vector in range(VECTORS):
-        set_gate(memory, vector, HANDLERS + vector * HANDLER_BYTES, dpl=3 if vector in _SOFTWARE_VECTORS else 0, ist=IST)
+        set_gate(
+            memory,
+            vector,
+            HANDLERS + vector * HANDLER_BYTES,
+            dpl=3 if vector in _SOFTWARE_VECTORS else 0,
+            ist=IST,
+        )
 
 
 def ldt_data_descriptor() -> int:

@@ -23,8 +23,11 @@ _SIZES = {"byte": 1, "word": 2, "dword": 4, "fword": 6, "qword": 8, "tbyte": 10,
 _REGISTERS = {name.lower(): getattr(Register, name) for name in dir(Register) if name.isupper()}
 _SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
 _CLASSES_BY_PREFIX = (("xmm", "XMM"), ("mm", "MM"), ("cr", "CR"), ("dr", "DR"), ("st", "STI"))
-_MEMORY = re.compile(r"(?:(?P<size>\w+)\s+)?(?:(?P<segment>[c-gs]s)\s*:)?\s*\[(?P<address>[^\]]*)\]$", re.IGNORECASE)
+_MEMORY = re.compile(
+    r"(?:(?P<size>\w+)\s+)?(?:(?P<segment>[c-gs]s)\s*:)?\s*\[(?P<address>[^\]]*)\]$", re.IGNORECASE
+)
 _FAR = re.compile(r"far\s+(?P<selector>\w+)\s*:\s*(?P<offset>.+)$", re.IGNORECASE)
+_SCALE = re.compile(r"\s*\*\s*")
 _TERM = re.compile(r"([+-]?)\s*([^+\-\s]+)\s*")
 
 
@@ -104,7 +107,7 @@ def parse_operand(text: str, symbols: Mapping[str, int], bits: int) -> Operand:
 def _parse_memory(text: str, symbols: Mapping[str, int], size: int, segment: int) -> Memory:
     base = index = int(Register.NONE)
     scale, displacement = 1, 0
-    for sign, term in _terms(text):
+    for sign, term in _terms(_SCALE.sub("*", text)):
         name, _, factor = term.lower().partition("*")
         if name in _REGISTERS:
             if factor or base:

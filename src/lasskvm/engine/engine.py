@@ -79,6 +79,8 @@ class Engine:
         self._ports = ports
         self._error: BaseException | None = None
         self._tuned = False
+        #: A run ends when the port handlers have been called this often; 0 means no limit.
+        self.port_accesses_left = 0
         self._uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         self._uc.ctl_set_cpu_model(x86_const.UC_CPU_X86_ICELAKE_SERVER)
         self._uc.ctl_set_tcg_buffer_size(_TCG_BUFFER_BYTES)
@@ -329,7 +331,14 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------ ports
 
+    def _count_port_access(self) -> None:
+        if self.port_accesses_left:
+            self.port_accesses_left -= 1
+            if not self.port_accesses_left:
+                self.stop()
+
     def _port_read(self, port: int, size: int) -> int:
+        self._count_port_access()
         try:
             value = self._ports[0](port, size)
         except BaseException as error:  # noqa: BLE001 -- ctypes would drop it; run() raises it again
@@ -338,6 +347,7 @@ class Engine:
         return 0 if value is None else value & ((1 << 8 * size) - 1) | c.PORT_CLAIMED
 
     def _port_write(self, port: int, size: int, value: int) -> int:
+        self._count_port_access()
         try:
             claimed = self._ports[1](port, size, value & ((1 << 8 * size) - 1))
         except BaseException as error:  # noqa: BLE001 -- as above
@@ -383,7 +393,7 @@ _INSTRUCTION_HOOKS = {
     x86_const.UC_X86_INS_RDTSCP: hooks.on_rdtscp,
 }
 
-# Instructions that the translator executes without their memory access (ENGINE: CLFLUSH family): gated off, so that
+# Instructions that the translator executes without their memory access (the CLFLUSH family): gated off, so that
 # the #UD lets the emulator execute them.
 _CLFLUSH = 1 << 19
 _CLFLUSHOPT_CLWB = 1 << 23 | 1 << 24

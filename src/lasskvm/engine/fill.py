@@ -5,7 +5,7 @@ decides (canonical, LASS, paging) holds for each later hit. :func:`tlb_fill` rep
 class: it knows the size of the access and the MMU index, and raises faults from within the instruction.
 
 The fill also keeps W^X per physical page: a page is never writable through a fast TLB entry while translated code of
-it exists, through whatever alias. Unicorn alone would miss writes behind the first (ENGINE pitfall 3).
+it exists, through whatever alias. Unicorn alone would miss writes behind the first.
 """
 
 from typing import Any

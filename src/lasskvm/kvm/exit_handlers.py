@@ -17,7 +17,7 @@ from lasskvm.emulator.decode import fetch_instruction, is_read_modify_write, is_
 from lasskvm.emulator.events import Event, deliver_event
 from lasskvm.emulator.faults import GuestFault, Unhandleable
 from lasskvm.emulator.linearize import linear_address
-from lasskvm.emulator.mmu import next_linear
+from lasskvm.emulator.mmu import next_linear, translate
 from lasskvm.emulator.modes import linear_address_bits
 from lasskvm.emulator.system import HANDLERS, emulate_instruction
 from lasskvm.engine import context as c
@@ -163,8 +163,12 @@ def _intercept(vcpu: Vcpu, engine_exit: EngineExit) -> None:
 
 def _fetch_from_hole(vcpu: Vcpu, engine_exit: EngineExit) -> None:
     words = vcpu.state.words
-    if _runs_up_to_next_page(vcpu, linear_address(words, CS, words[RIP])):
-        return
+    start = linear_address(words, CS, words[RIP])
+    gpa, *_ = translate(words, vcpu.vm.memory, start, 1, FETCH, words[CPL], words[RFLAGS])
+    if gpa // PAGE_SIZE != engine_exit.address // PAGE_SIZE:
+        next_page = next_linear(words, start, PAGE_SIZE - start % PAGE_SIZE)
+        if _runs_up_to_next_page(vcpu, next_page):
+            return
     raise Unhandleable(
         f"instruction fetch from guest-physical {engine_exit.address:#x}, where there is no memory "
         f"(RIP {words[RIP]:#x}, CPL {words[CPL]})"

@@ -54,8 +54,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Vcpu"]
 
-#: A run returns to the VMM at least this often, so that it can look at its console and its timeouts.
+#: A run returns to the VMM at least this often, so that it can look at its console and its timeouts. All but the host's
+#: time are counts of what the guest does, so that a deterministic run stays one.
 _SLICE_BLOCKS = 2_000_000
+_SLICE_EXITS = 1_000
+_SLICE_PORT_ACCESSES = 5_000
 _SLICE_NS = 20_000_000
 #: How often the host's clock is asked while the guest follows it.
 _HOST_POLL_BLOCKS = 2_000
@@ -193,8 +196,9 @@ class Vcpu:
         clock = self.vm.clock
         virtual = isinstance(clock, VirtualClock)
         slice_end = engine.blocks + _SLICE_BLOCKS if virtual else time.monotonic_ns() + _SLICE_NS
+        engine.port_accesses_left = _SLICE_PORT_ACCESSES
         skips = 0
-        while True:
+        for _ in range(_SLICE_EXITS):
             clock.run_due()
             self._inject_events()
             if self.emulation.halted:
@@ -209,8 +213,9 @@ class Vcpu:
                 return self._begin_port_io()
             if engine_exit.reason not in (c.EXIT_STOPPED, c.EXIT_INTERRUPT_WINDOW):
                 handle_exit(self, engine_exit)
-            if (engine.blocks if virtual else time.monotonic_ns()) >= slice_end:
-                return IntrExit()
+            if (engine.blocks if virtual else time.monotonic_ns()) >= slice_end or not engine.port_accesses_left:
+                break
+        return IntrExit()
 
     def _set_deadline(self, slice_end: int) -> None:
         """Tell direct execution when to stop and what RDTSC gives; only when something about them has changed."""

@@ -5,7 +5,6 @@ registers). Segment attributes ("access rights") use the layout of VMX and of KV
 of the descriptor's upper half, shifted right by 8, plus the "unusable" bit 16 (SDM 25.4.1).
 """
 
-# ruff: noqa: D100
 MASK64 = (1 << 64) - 1
 MASK32 = (1 << 32) - 1
 

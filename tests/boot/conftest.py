@@ -1,0 +1,153 @@
+"""Real kernels through the real command line: the Debian image, the programs of guests/, and a way to run both.
+
+The image is pulled and the programs are built once, whatever the number of test processes. A host on which that is
+impossible skips these tests and says why; in CI (``CI=true``) it fails them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lasskvm.errors import LassKvmError
+from lasskvm.images import Image, ImageCache, pull_debian
+
+GUESTS = Path(__file__).parents[2] / "guests"
+#: Far more than a run takes, also on a busy host that has to compile the engine first.
+RUN_SECONDS = 200
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of the command line came to."""
+
+    status: int
+    console: str
+    errors: str
+
+    @property
+    def lines(self) -> list[str]:
+        """The console's lines, as a person reads them."""
+        return self.console.replace("\r", "").splitlines()
+
+
+LassKvm = Callable[..., Run]
+GuestProgram = Callable[[str], Path]
+
+
+def give_up(reason: str) -> None:
+    """Skip, but fail in CI, which is there to boot real kernels."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this test session have in common."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / "boot"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def debian(shared_folder: Path) -> Image:
+    """The Debian image in the cache, pulled if there is none."""
+    with locked(shared_folder):
+        pulled = [image for image in ImageCache().images("debian") if image.is_intact()]
+        if pulled:
+            return pulled[-1]
+        failure = shared_folder / "no-image"
+        if not failure.exists():
+            try:
+                return pull_debian(progress=print)
+            except LassKvmError as error:
+                failure.write_text(str(error))
+        give_up(f"no Debian kernel to boot: {failure.read_text()}")
+        raise AssertionError
+
+
+@pytest.fixture(scope="session")
+def guest_program(shared_folder: Path, debian: Image) -> GuestProgram:
+    """A function that gives the path of a program of guests/, built for the Debian image."""
+
+    def build(name: str) -> Path:
+        program = shared_folder / name
+        target = [str(program)]
+        if name == "lass_supervisor":
+            target = ["module", f"KERNEL={debian.kernel}", f"PYTHON={sys.executable}"]
+        with locked(shared_folder):
+            if not program.exists():
+                make(f"OUT={shared_folder}", *target)
+        return program
+
+    return build
+
+
+def make(*arguments: str) -> None:
+    try:
+        result = subprocess.run(
+            ["make", "-s", "-C", str(GUESTS), *arguments], capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        give_up(f"the guest programs take make and gcc: {error}")
+        raise
+    if result.returncode:
+        give_up(f"the guest programs cannot be built: {result.stderr.strip()}")
+
+
+@pytest.fixture(scope="session")
+def busybox(debian: Image, shared_folder: Path) -> Path:
+    """The image's busybox as a program to run: its first argument is the command."""
+    program = shared_folder / "busybox"
+    with locked(shared_folder):
+        if not program.exists():
+            assert debian.busybox is not None
+            program.write_bytes(debian.busybox.read_bytes())
+            program.chmod(0o755)
+    return program
+
+
+@pytest.fixture
+def lasskvm(debian: Image) -> LassKvm:
+    """A function that runs ``lasskvm run debian`` with more words, and with *typed* as its standard input."""
+
+    def run(*words: str | Path, typed: str | None = None) -> Run:
+        process = subprocess.run(
+            [sys.executable, "-m", "lasskvm", "run", "debian", *map(str, words)],
+            stdin=subprocess.DEVNULL if typed is None else None,
+            input=None if typed is None else typed.encode(),
+            capture_output=True,
+            timeout=RUN_SECONDS,
+            check=False,
+        )
+        assert b"Traceback" not in process.stderr, process.stderr.decode()
+        return Run(process.returncode, process.stdout.decode(errors="replace"), process.stderr.decode())
+
+    return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of these boot a kernel, and the first may pull it."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.network)
