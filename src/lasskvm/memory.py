@@ -31,7 +31,10 @@ TABLE_COUNT = 0
 TABLE_FIRST = 1
 SLOT_WORDS = 8
 SLOT_GPA, SLOT_SIZE, SLOT_HOST, SLOT_FLAGS, SLOT_PAGE_FLAGS, SLOT_WRITE_EPOCHS = range(6)
-TABLE_WORDS = TABLE_FIRST + MAX_SLOTS * SLOT_WORDS
+#: Behind the slots: how many stores by compiled code have hit pages with translated code, and the first of them.
+TABLE_CODE_STORES = TABLE_FIRST + MAX_SLOTS * SLOT_WORDS
+CODE_STORES_KEPT = 8
+TABLE_WORDS = TABLE_CODE_STORES + 1 + CODE_STORES_KEPT
 
 #: Slot flags, as in KVM's ``KVM_MEM_*``.
 SLOT_LOG_DIRTY_PAGES = 1 << 0

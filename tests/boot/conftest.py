@@ -126,7 +126,7 @@ def busybox(debian: Image, shared_folder: Path) -> Path:
     return program
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lasskvm(debian: Image) -> LassKvm:
     """A function that runs ``lasskvm run debian`` with more words, and with *typed* as its standard input."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from lasskvm.conformance.guest import Guest
@@ -35,3 +37,9 @@ def guest(shared_guest: Guest) -> Guest:
     """A 64-bit guest with an upper-half kernel; LASS, SMAP and SMEP on; a device claims ports 5C0H to 5C3H."""
     shared_guest.reset()
     return shared_guest
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Random numbers that are the same in every run of a test."""
+    return random.Random(request.node.name)

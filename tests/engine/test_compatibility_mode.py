@@ -10,7 +10,16 @@ from lasskvm.conformance.layout import LDT_DATA, LOW_SUPERVISOR, LOW_USER, USER_
 from lasskvm.kvm import DescriptorTable, ShutdownExit
 from lasskvm.state import Segment
 from lasskvm.x86.exceptions import GP, PF, PF_P, PF_U, SS
-from lasskvm.x86.registers import AR_DATA, AR_DPL_SHIFT, CR4_LASS, CR4_SMAP, CR4_SMEP, MASK32, RFLAGS_AC
+from lasskvm.x86.registers import (
+    AR_DATA,
+    AR_DPL_SHIFT,
+    AR_LDT,
+    CR4_LASS,
+    CR4_SMAP,
+    CR4_SMEP,
+    MASK32,
+    RFLAGS_AC,
+)
 
 
 def test_user_code_never_violates_lass(guest: Guest) -> None:
@@ -45,7 +54,7 @@ def test_descriptor_reads_are_implicit_supervisor_accesses(guest: Guest, source:
     guest.write(LOW_USER + 4, LDT_DATA.to_bytes(2, "little"))
     assert guest.execute(source, cpl=3, bits=32, rax=LDT_DATA, rbx=LOW_USER).completed
     guest.write(LOW_SUPERVISOR, guest.memory.read(layout.LDT_GPA, 0x100))
-    guest.sregs["ldt"] = Segment(layout.LDT_SELECTOR, LOW_SUPERVISOR, 0xFFF, layout.AR_LDT)
+    guest.sregs["ldt"] = Segment(layout.LDT_SELECTOR, LOW_SUPERVISOR, 0xFFF, AR_LDT)
     outcome = guest.execute(source, cpl=3, bits=32, rax=LDT_DATA, rbx=LOW_USER)
     assert (outcome.vector, outcome.error_code) == (GP, 0)
 

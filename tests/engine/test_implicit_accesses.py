@@ -8,6 +8,7 @@ from lasskvm.conformance import layout
 from lasskvm.conformance.guest import CR2_UNTOUCHED, Guest
 from lasskvm.conformance.layout import HIGH_USER, KERNEL_SS, LDT_DATA, LOW_SUPERVISOR, LOW_USER
 from lasskvm.kvm import DescriptorTable, IoExit, ShutdownExit
+from lasskvm.memory import PAGE_SIZE
 from lasskvm.state import Segment
 from lasskvm.x86.descriptors import TSS64_IO_MAP_BASE, make_gate, make_segment
 from lasskvm.x86.exceptions import GP, PF, PF_P, UD
@@ -34,7 +35,7 @@ IO_BITMAP = 0x800
 
 
 def copy_page(guest: Guest, gpa: int, gva: int) -> None:
-    guest.write(gva, guest.memory.read(gpa, layout.PAGE_SIZE))
+    guest.write(gva, guest.memory.read(gpa, PAGE_SIZE))
 
 
 def move_ldt(guest: Guest, gva: int) -> None:

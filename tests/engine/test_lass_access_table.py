@@ -6,7 +6,6 @@ walk and direct execution are held against something that is none of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -212,19 +211,8 @@ def check(guest: Guest, access: Access, page: int, cpl: int, lass: bool, smap: b
 LANDING_OFFSET = 5
 
 
-#: The translator makes these stack accesses in supervisor mode at any CPL.
-FAR_TRANSFERS = ("iretq", "far_return", "far_call")
-
-
-def accesses_by_level() -> Iterator[object]:
-    reason = "at CPL 3 the stack accesses of far transfers are taken for implicit ones"
-    for access, cpl in product(ACCESSES, (0, 3)):
-        wrong = cpl == 3 and access.name in FAR_TRANSFERS
-        marks = [pytest.mark.xfail(strict=True, reason=reason)] if wrong else []
-        yield pytest.param(access, cpl, marks=marks, id=f"{access.name}-cpl{cpl}")
-
-
-@pytest.mark.parametrize(("access", "cpl"), accesses_by_level())
+@pytest.mark.parametrize("access", ACCESSES, ids=lambda access: access.name)
+@pytest.mark.parametrize("cpl", [0, 3])
 def test_access_to_every_kind_of_page(guest: Guest, access: Access, cpl: int) -> None:
     if access.privileged and cpl != 0:
         outcome = guest.execute(access.program, cpl=cpl, rbx=LOW_USER)

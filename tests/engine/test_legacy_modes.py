@@ -114,8 +114,8 @@ def test_real_mode_port_output(machine: LegacyMachine) -> None:
 
 def test_real_mode_string_copy_between_segments(machine: LegacyMachine) -> None:
     machine.memory.write(0x30000, b"0123456789")
-    source = "mov ax, 0x3000; mov ds, ax; mov ax, 0x3100; mov es, ax; xor si, si; xor di, di; mov cx, 10; rep movsb; hlt"
-    assert machine.run_real(source) == HALTED
+    source = "mov ds, bx; mov es, dx; xor si, si; xor di, di; mov cx, 10; rep movsb; hlt"
+    assert machine.run_real(source, rbx=0x3000, rdx=0x3100) == HALTED
     assert machine.memory.read(0x31000, 10) == b"0123456789"
 
 
@@ -152,7 +152,8 @@ def test_protected_mode_and_back_to_real_mode(machine: LegacyMachine) -> None:
     machine.pointer(0x6F20, 0, 0x3FF)
     machine.place(LOAD_FLAT_SEGMENTS + f"lidt [0x6f20]; jmp far {CODE16_SELECTOR:#x}:0x7000", CODE32, 32)
     machine.place(
-        f"mov ax, {DATA16_SELECTOR:#x}; mov ds, ax; mov ss, ax; mov eax, cr0; and al, 0xfe; mov cr0, eax; jmp far 0:0x7100",
+        f"mov ax, {DATA16_SELECTOR:#x}; mov ds, ax; mov ss, ax; "
+        "mov eax, cr0; and al, 0xfe; mov cr0, eax; jmp far 0:0x7100",
         0x7000, 16,
     )  # fmt: skip
     machine.place("xor ax, ax; mov ds, ax; mov ss, ax; mov sp, 0x6800; xor cx, cx; int 0x21; hlt", 0x7100, 16)
@@ -245,7 +246,8 @@ def test_long_mode_and_back_to_protected_mode(identity: LegacyMachine, guest: Gu
     identity.place("mov r15, 5; jmp fword [0x6f30]", CODE64, 64)
     identity.place(
         f"mov eax, cr0; btr eax, 31; mov cr0, eax; mov ecx, {MSR_IA32_EFER:#x}; rdmsr; btr eax, 8; wrmsr; "
-        "rdmsr; mov ebx, eax; mov eax, cr4; btr eax, 5; mov cr4, eax; mov dword [0x123456], 0x77; mov edx, [0x123456]; hlt",
+        "rdmsr; mov ebx, eax; mov eax, cr4; btr eax, 5; mov cr4, eax; "
+        "mov dword [0x123456], 0x77; mov edx, [0x123456]; hlt",
         back, 32,
     )  # fmt: skip
     assert identity.run_protected(enter_long_mode(guest)) == HALTED

@@ -78,7 +78,6 @@ def test_repeated_input_stores_each_element(guest: Guest) -> None:
     assert outcome.registers.rdi == HIGH_SUPERVISOR + 6
 
 
-@pytest.mark.xfail(strict=True, reason="direct execution starts with the arithmetic flags and DF clear")
 def test_direction_flag_turns_string_output_around(guest: Guest) -> None:
     guest.write(HIGH_SUPERVISOR, b"abc")
     guest.start("rep outsb", rsi=HIGH_SUPERVISOR + 2, rcx=3, rdx=PORT, rflags=RFLAGS_DF)

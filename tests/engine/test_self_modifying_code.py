@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from lasskvm.conformance import layout
 from lasskvm.conformance.assembler import assemble
 from lasskvm.conformance.guest import Guest
@@ -166,9 +164,6 @@ def test_exception_frame_on_a_page_with_executed_code(guest: Guest) -> None:
     assert outcome.rip in range(slot, slot + 8)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="native #PF delivery stores its frame without forgetting translated code"
-)
 def test_page_fault_frame_on_a_page_with_executed_code(guest: Guest) -> None:
     """The same where delivery does not leave native code: the error code, 0, lies at the slot (ADD [RAX], AL)."""
     top = HIGH_SUPERVISOR + 0x800

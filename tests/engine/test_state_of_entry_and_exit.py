@@ -12,9 +12,6 @@ from lasskvm.kvm import IoExit
 from lasskvm.x86.msr import MSR_IA32_FS_BASE, MSR_IA32_GS_BASE, MSR_IA32_KERNEL_GS_BASE
 from lasskvm.x86.registers import RFLAGS_ARITHMETIC, RFLAGS_CF, RFLAGS_DF, RFLAGS_FIXED, RFLAGS_ZF
 
-FLAGS_AT_ENTRY = pytest.mark.xfail(
-    strict=True, reason="direct execution starts with the arithmetic flags and DF clear"
-)
 GENERAL = (
     "rax",
     "rcx",
@@ -43,7 +40,6 @@ def test_general_registers_go_in_and_come_out(guest: Guest) -> None:
     }
 
 
-@FLAGS_AT_ENTRY
 @pytest.mark.parametrize("flags", [RFLAGS_CF, RFLAGS_ZF, RFLAGS_DF, RFLAGS_ARITHMETIC | RFLAGS_DF])
 def test_flags_that_the_vmm_sets_reach_the_guest(guest: Guest, flags: int) -> None:
     outcome = guest.execute("pushfq; pop rax", rflags=flags)
@@ -52,14 +48,7 @@ def test_flags_that_the_vmm_sets_reach_the_guest(guest: Guest, flags: int) -> No
 
 @pytest.mark.parametrize(
     "source",
-    [
-        "mov rbx, cr4",
-        "mov cr3, rdx",
-        *(
-            pytest.param(source, marks=FLAGS_AT_ENTRY)
-            for source in ("cpuid", "rdmsr", "invlpg [rsp]", "clflush [rsp]", "out 0x99, al")
-        ),
-    ],
+    ["mov rbx, cr4", "mov cr3, rdx", "cpuid", "rdmsr", "invlpg [rsp]", "clflush [rsp]", "out 0x99, al"],
 )
 def test_flags_survive_an_instruction_that_exits(guest: Guest, source: str) -> None:
     guest.start(
@@ -122,7 +111,8 @@ def test_wrmsr_of_a_segment_base_takes_effect_at_once(guest: Guest) -> None:
 
 def test_x87_and_sse_state_survives_exits(guest: Guest) -> None:
     outcome = guest.execute(
-        "mov rax, 0x4045000000000000; movq xmm0, rax; fld1; mov rdx, cr8; movq rdi, xmm0; fstp qword [rbp]; mov rsi, [rbp]",
+        "mov rax, 0x4045000000000000; movq xmm0, rax; fld1; mov rdx, cr8; "
+        "movq rdi, xmm0; fstp qword [rbp]; mov rsi, [rbp]",
         rbp=HIGH_SUPERVISOR,
     )
     assert outcome.registers.rdi == 0x4045000000000000

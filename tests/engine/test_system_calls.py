@@ -19,7 +19,7 @@ from lasskvm.conformance.layout import (
     USER_SS,
     USER_STACK_TOP,
 )
-from lasskvm.x86.exceptions import GP, SS, UD
+from lasskvm.x86.exceptions import GP, PF, PF_P, PF_U, PF_W, SS, UD
 from lasskvm.x86.msr import (
     MSR_IA32_LSTAR,
     MSR_IA32_SFMASK,
@@ -28,7 +28,7 @@ from lasskvm.x86.msr import (
     MSR_IA32_SYSENTER_EIP,
     MSR_IA32_SYSENTER_ESP,
 )
-from lasskvm.x86.registers import EFER_SCE, RFLAGS_AC, RFLAGS_FIXED, RFLAGS_IF
+from lasskvm.x86.registers import CR4_LASS, EFER_SCE, RFLAGS_AC, RFLAGS_FIXED, RFLAGS_IF
 
 HANDLER = KERNEL_CODE + 0x1000
 NOT_CANONICAL = 1 << 47
@@ -236,3 +236,19 @@ def test_iret_from_a_stack_that_lass_forbids_is_ss(guest: Guest) -> None:
     outcome = guest.execute("mov rsp, rbx; fault: iretq", rbx=LOW_USER)
     assert (outcome.vector, outcome.error_code, outcome.label) == (SS, 0, "fault")
     assert outcome.rsp == LOW_USER
+
+
+@pytest.mark.parametrize("source", ["retfq", "iretq", "call tbyte [rsi]"])
+def test_far_transfer_in_user_mode_may_not_use_a_supervisor_page_as_stack(guest: Guest, source: str) -> None:
+    """Even if the kernel has used the page just before, so that its translation is at hand."""
+    guest.cr4 &= ~CR4_LASS
+    guest.write(LOW_USER, assemble(source, LOW_USER).code)
+    guest.write(LOW_USER + 0x100, USER_CODE.to_bytes(8, "little") + USER_CS.to_bytes(2, "little"))
+    stack = layout.LOW_SUPERVISOR + 0x800
+    outcome = guest.execute(
+        f"mov [r9 - 8], r9; mov rax, [r9]; {IRETQ}",
+        r9=stack, rsi=LOW_USER + 0x100, **iret_frame(LOW_USER, USER_CS, stack, USER_SS),
+    )  # fmt: skip
+    assert (outcome.vector, outcome.rip, outcome.rsp) == (PF, LOW_USER, stack)
+    assert outcome.error_code == PF_P | PF_U | (PF_W if "call" in source else 0)
+    assert outcome.cr2 == (stack - 8 if "call" in source else stack)

@@ -123,9 +123,6 @@ def test_random_page_tables(guest: Guest, cpl: int, seed: int) -> None:
     run_wild(guest)
 
 
-@pytest.mark.xfail(
-    run=False, reason="a page-fault handler that cannot be fetched keeps native delivery busy for ever"
-)
 def test_page_fault_handler_that_faults_itself_comes_back_to_the_vmm(guest: Guest) -> None:
     """Each delivery succeeds, on the IST stack, and the fetch of the handler is the next page fault."""
     layout.set_gate(guest.memory, PF, layout.HIGH_ABSENT, ist=layout.IST)

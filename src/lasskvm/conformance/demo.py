@@ -70,7 +70,7 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The accesses in the order in which they were made; whether the guest found LASS, and whether it had it on at last."""
+    """The accesses in their order; whether the guest found LASS in CPUID, and whether it had it on at the end."""
 
     rows: tuple[DemoRow, ...]
     found: bool

@@ -1,7 +1,7 @@
 """The accesses of the demonstration, and what the manual says becomes of each, without LASS and with it.
 
-The programs are assembled by :mod:`lasskvm.conformance.assembler`; ``access`` marks the instruction that matters. SMAP and
-SMEP are on. Source: the rule in :mod:`lasskvm.lass`, SDM volume 3A, 4.6 and 4.7 for page faults.
+The programs are written for :mod:`lasskvm.conformance.assembler`; the label ``access`` marks the instruction that
+matters. SMAP and SMEP are on. Source: the rule in :mod:`lasskvm.lass`; SDM volume 3A, 4.6 and 4.7 for page faults.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ _WRAPPING = (1 << 64) - 4
 class Observation:
     """What became of an access: the exception, or None when the program went on.
 
-    ``rip`` is what the exception reports, as a label of the program or an address; ``cr2`` is None when CR2 was left alone.
+    ``rip`` is what the exception reports, as a label of the program or an address; ``cr2`` is None when CR2 was left
+    alone.
     """
 
     vector: int | None = None

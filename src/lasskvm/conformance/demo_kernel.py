@@ -1,7 +1,7 @@
 """The kernel of the demonstration: finds LASS, makes every access without it, switches it on, makes every access again.
 
-It talks to its VMM through memory only: a table of programs to enter, and a record for what became of each. Every program
-ends in an exception or in ``INT 80H``; either way its handler writes the record and goes on with the next.
+It talks to its VMM through memory only: a table of programs to enter, and a record for what became of each. Every
+program ends in an exception or in ``INT 80H``; either way its handler writes the record and goes on with the next.
 """
 
 from __future__ import annotations

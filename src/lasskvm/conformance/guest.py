@@ -79,10 +79,11 @@ class Outcome:
 
 
 class Guest:
-    """One guest, used for many programs; *cpu* is a CPU model as ``--cpu`` takes it, *levels* those of its page tables.
+    """One guest, used for many programs.
 
-    After :meth:`reset`, memory, ``tables``, ``msrs`` and what :meth:`configure` set are as at the start. Attributes that
-    may be changed for the next programs:
+    *cpu* is a CPU model as ``--cpu`` takes it, *levels* those of the page tables. :meth:`reset` makes everything as it
+    was at the start. In between, memory and ``tables`` may be changed at will, and so may these attributes, which
+    count for the programs started next:
 
     ``cr0``, ``cr4``, ``efer``
         Control registers; LASS, SMAP and SMEP are on to begin with.
@@ -90,6 +91,10 @@ class Guest:
         Fields of ``Sregs`` to replace, by name.
     ``msrs``
         Model-specific registers to set, by index.
+
+    >>> outcome = Guest().execute("fault: mov rax, [rbx]", cpl=3, rbx=0xFFFF_8000_0000_0000)
+    >>> str(outcome)
+    '#GP(0x0) at fault'
     """
 
     def __init__(self, cpu: str = "max", *, levels: int = 4) -> None:
@@ -151,8 +156,8 @@ class Guest:
         """Place the program *source*, followed by ``INT 80H``, and make the vCPU ready to run it.
 
         *cpl* is the privilege level, *bits* 64 or 32 (compatibility mode), *at* the linear address when it is not the
-        usual one of that level. *rflags* are added to the fixed ones, *registers* set by name; *handlers* lets labels of
-        the program be the handlers of vectors, on the IST stack.
+        usual one of that level. *rflags* are added to the fixed ones, *registers* set by name. With *handlers*, labels
+        of the program are the handlers of vectors, on the IST stack.
         """
         if at is None:
             at = layout.USER_CODE if cpl == 3 or bits == 32 else layout.KERNEL_CODE

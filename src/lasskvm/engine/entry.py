@@ -30,6 +30,7 @@ from lasskvm.engine.private import (
     load_state,
     request_interrupt_window,
     save_state,
+    set_flags_for_entry,
     tables_moved,
 )
 from lasskvm.engine.watch import translated_dr7
@@ -55,6 +56,7 @@ def run(context: int) -> None:
     dr7 = translated_dr7(state[DR7])
     watched = breakpoints_differ(env, state, dr7)
     load_state(env, state)
+    set_flags_for_entry(env, state)
     if watched:
         load_breakpoints(env, state, dr7, load64(context + 8 * FN_UPDATE_DR7))
     if moved or watched or state[TLB_FLUSH] != 0:

@@ -47,7 +47,7 @@ from lasskvm.engine.context import (
     WATCH_BORROWED_TF,
     WATCH_HIT,
 )
-from lasskvm.engine.implicit import is_implicit, may_be_implicit
+from lasskvm.engine.implicit import is_far_transfer_stack, is_implicit, may_be_implicit
 from lasskvm.engine.native import callback, foreign_function, load8, load32, load64, store8, store32, store64
 from lasskvm.engine.native import words_at as words
 from lasskvm.engine.physical import find_slot
@@ -65,6 +65,7 @@ from lasskvm.engine.private import (
 from lasskvm.engine.watch import watch_hit, watched_page
 from lasskvm.lass import FETCH, IMPLICIT, WRITE
 from lasskvm.memory import (
+    CODE_STORES_KEPT,
     PAGE_CODE,
     PAGE_DIRTY,
     SLOT_FLAGS,
@@ -72,6 +73,7 @@ from lasskvm.memory import (
     SLOT_READONLY,
     SLOT_WORDS,
     SLOT_WRITE_EPOCHS,
+    TABLE_CODE_STORES,
 )
 from lasskvm.state import STATE_WORDS
 from lasskvm.x86.paging import PERM_GLOBAL, PERM_R, PERM_W, PERM_X
@@ -145,7 +147,13 @@ def fill(
             flags = WRITE
         if cpl == 3:
             if mmu_index != MMU_USER:
-                flags |= IMPLICIT
+                if return_address != 0:
+                    _restore_state(load64(context + 8 * FN_RESTORE_STATE), cpu, return_address, 0)
+                if is_far_transfer_stack(env, state, memory, address):
+                    # What user mode may do must not stay in a supervisor TLB.
+                    every_access = True
+                else:
+                    flags |= IMPLICIT
         elif may_be_implicit(state, address, rflags):
             every_access = True
             if return_address != 0:
@@ -157,6 +165,8 @@ def fill(
         if probe != 0:
             return 0
         _raise_fault(cpu, context, return_address, vector, error_code, address, flags)
+    if load64(memory + 8 * TABLE_CODE_STORES) != 0:
+        forget_stored_code(cpu, context, memory)
     slot = find_slot(memory, gpa)
     if slot == 0:
         if flags & FETCH != 0:
@@ -296,6 +306,18 @@ def flush_tlb(cpu: int, context: int) -> None:
     store64(context + 8 * USER_PAGES, 0)
     _tlb_flush(load64(context + 8 * FN_TLB_FLUSH), cpu)
     store64(context + 8 * EPOCH, (load64(context + 8 * EPOCH) + 1) & 0xFFFFFFFF)
+
+
+def forget_stored_code(cpu: int, context: int, memory: int) -> None:
+    """Forget the code of pages that event delivery or a page walk has stored to (:mod:`lasskvm.engine.physical`)."""
+    count = load64(memory + 8 * TABLE_CODE_STORES)
+    store64(memory + 8 * TABLE_CODE_STORES, 0)
+    for index in range(count):
+        # Delivery stores at most a frame of six words and an accessed bit: none of them is lost.
+        if index < CODE_STORES_KEPT:
+            gpa = load64(memory + 8 * (TABLE_CODE_STORES + 1 + index))
+            slot = find_slot(memory, gpa)
+            invalidate_page(cpu, context, memory, slot, (gpa - load64(slot)) >> _PAGE_SHIFT)
 
 
 def invalidate_page(cpu: int, context: int, memory: int, slot: int, page: int) -> None:

@@ -68,7 +68,7 @@ from lasskvm.engine.context import (
     WATCH_BORROWED_TF,
     WATCH_HIT,
 )
-from lasskvm.engine.fill import flush_local
+from lasskvm.engine.fill import flush_local, forget_stored_code
 from lasskvm.engine.native import callback, foreign_function, load64, store64
 from lasskvm.engine.native import words_at as words
 from lasskvm.engine.opcode import TWO_BYTE, opcode_at_rip
@@ -88,6 +88,7 @@ from lasskvm.engine.private import (
     set_guest_rcx,
 )
 from lasskvm.lass import FETCH, IMPLICIT, WRITE
+from lasskvm.memory import TABLE_CODE_STORES
 from lasskvm.state import (
     CR2,
     CR4,
@@ -257,6 +258,13 @@ def _memory_fault(context: int, env: int) -> None:
         return
     store64(context + 8 * COUNT_EVENTS, load64(context + 8 * COUNT_EVENTS) + 1)
     load_state(env, state)
+    if load64(memory + 8 * TABLE_CODE_STORES) != 0:
+        forget_stored_code(load64(context + 8 * CPU), context, memory)
+    # A handler that faults at its first instruction would otherwise keep this going without a block between.
+    count = load64(context + 8 * BLOCKS) + 1
+    store64(context + 8 * BLOCKS, count)
+    if count >= load64(context + 8 * BLOCK_DEADLINE):
+        deadline_reached(context)
 
 
 def _may_modify(context: int, env: int, state: Words) -> bool:
@@ -335,6 +343,10 @@ def _system_call(context: int, env: int, number: int) -> None:
     state = words(load64(context + 8 * STATE), STATE_WORDS)
     store64(context + 8 * COUNT_SYSCALLS, load64(context + 8 * COUNT_SYSCALLS) + 1)
     save_state(env, state, load64(context + 8 * FN_CC_COMPUTE_ALL))
+    if state[RFLAGS] & RFLAGS_TF != 0:
+        # Single-stepping may be due behind the instruction; #UD has the emulator execute it.
+        end_run(context, EXIT_EXCEPTION, UD, 0, 0, 0)
+        return
     if number == EVENT_SYSCALL:
         _, _, length, _ = opcode_at_rip(env, state, load64(context + 8 * MEMORY))
         vector = syscall64(state, length)

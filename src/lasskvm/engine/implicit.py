@@ -1,15 +1,15 @@
 """Telling implicit accesses from explicit ones where the TLB cannot.
 
-The translator reads descriptor tables and the TSS through its supervisor TLBs. At CPL 3 that alone says that the
-access is implicit. Below CPL 3 with RFLAGS.AC set, the same TLB serves explicit accesses, which SMAP and LASS then
-allow, and implicit ones, which they do not. So pages with a descriptor table or a TSS in them get no lasting entry in
-that case, and each access is judged by the instruction that makes it.
+The translator reads descriptor tables and the TSS through its supervisor TLBs. At CPL 3 that says that the access is
+implicit, except for the stacks of far transfers. Below CPL 3 with RFLAGS.AC set, the same TLB serves explicit
+accesses, which SMAP and LASS then allow, and implicit ones, which they do not. So pages with a descriptor table or a
+TSS in them get no lasting entry in that case, and each access is judged by the instruction that makes it.
 """
 
 from typing import Any
 
 from lasskvm.engine.opcode import TWO_BYTE, opcode_at_rip
-from lasskvm.engine.private import guest_runs_64bit_code
+from lasskvm.engine.private import guest_rsp, guest_runs_64bit_code
 from lasskvm.state import (
     BASE,
     CR4,
@@ -22,11 +22,13 @@ from lasskvm.state import (
 )
 from lasskvm.x86.registers import CR4_SMAP, LDTR, MASK64, RFLAGS_AC, TR
 
-__all__ = ["is_implicit", "may_be_implicit"]
+__all__ = ["is_far_transfer_stack", "is_implicit", "may_be_implicit"]
 
 _LDTR = SEGMENTS + SEGMENT_WORDS * LDTR
 _TR = SEGMENTS + SEGMENT_WORDS * TR
 _PAGE_SHIFT = 12
+#: No far transfer touches its stack further than this from RSP.
+_FAR_FRAME = 64
 
 # Opcodes that read a descriptor: one byte, and behind 0F
 _MOV_SREG, _IRET, _RETF, _RETF_IMM = 0x8E, 0xCF, 0xCB, 0xCA
@@ -52,6 +54,19 @@ def _page_of_table(base: int, limit: int, address: int) -> bool:
     if last < base:
         return page >= base >> _PAGE_SHIFT or page <= last >> _PAGE_SHIFT
     return base >> _PAGE_SHIFT <= page <= last >> _PAGE_SHIFT
+
+
+def is_far_transfer_stack(env: int, state: Words, memory: Any, address: int) -> bool:
+    """Whether *address* is the stack of a far CALL, far RET or IRET at RIP.
+
+    The translator makes these stack accesses like descriptor reads, in supervisor mode at any CPL; they are not.
+    """
+    distance = (address - guest_rsp(env) + _FAR_FRAME) & MASK64
+    if distance >= 2 * _FAR_FRAME:
+        return False
+    opcode, modrm, _, _ = opcode_at_rip(env, state, memory)
+    far_call = opcode == _CALL_FAR or (opcode == _GROUP5 and (modrm >> 3) & 7 == _GROUP5_CALL_FAR)
+    return far_call or opcode == _IRET or opcode == _RETF or opcode == _RETF_IMM
 
 
 def is_implicit(env: int, state: Words, memory: Any) -> bool:

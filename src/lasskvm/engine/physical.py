@@ -7,6 +7,8 @@ namesakes in :mod:`lasskvm.x86.paging` when the page walk and event delivery are
 from lasskvm.engine import native
 from lasskvm.engine.native import load8, load16, load32, load64, store8, store16, store32, store64
 from lasskvm.memory import (
+    CODE_STORES_KEPT,
+    PAGE_CODE,
     PAGE_DIRTY,
     SLOT_FLAGS,
     SLOT_GPA,
@@ -15,6 +17,7 @@ from lasskvm.memory import (
     SLOT_READONLY,
     SLOT_SIZE,
     SLOT_WORDS,
+    TABLE_CODE_STORES,
     TABLE_COUNT,
     TABLE_FIRST,
 )
@@ -58,7 +61,10 @@ def load_physical(memory: int, gpa: int, size: int) -> int:
 
 
 def store_physical(memory: int, gpa: int, size: int, value: int) -> None:
-    """Store *size* (1 to 8) bytes at *gpa*; dropped where they do not lie in one writable slot."""
+    """Store *size* (1 to 8) bytes at *gpa*; dropped where they do not lie in one writable slot.
+
+    A store to a page with translated code is noted in the table, for :func:`lasskvm.engine.fill.forget_stored_code`.
+    """
     row = find_slot(memory, gpa)
     if row == 0 or load64(row + 8 * SLOT_FLAGS) & SLOT_READONLY != 0:
         return
@@ -66,6 +72,11 @@ def store_physical(memory: int, gpa: int, size: int, value: int) -> None:
     if offset + size > load64(row + 8 * SLOT_SIZE):
         return
     page_flags = load64(row + 8 * SLOT_PAGE_FLAGS) + (offset >> _PAGE_SHIFT)
+    if load8(page_flags) & PAGE_CODE != 0:
+        count = load64(memory + 8 * TABLE_CODE_STORES)
+        store64(memory + 8 * TABLE_CODE_STORES, count + 1)
+        if count < CODE_STORES_KEPT:
+            store64(memory + 8 * (TABLE_CODE_STORES + 1 + count), gpa)
     store8(page_flags, load8(page_flags) | PAGE_DIRTY)
     host = load64(row + 8 * SLOT_HOST) + offset
     if size == 8:

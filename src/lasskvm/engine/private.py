@@ -41,6 +41,7 @@ from lasskvm.state import (
     NMI_BLOCKED,
     RFLAGS,
     RIP,
+    RSP,
     SEGMENT_WORDS,
     SEGMENTS,
     SELECTOR,
@@ -187,6 +188,11 @@ def guest_cpl(env: int) -> int:
 def guest_rflags(env: int) -> int:
     """RFLAGS without the arithmetic flags and DF, which the translator keeps lazily."""
     return load64(env + _EFLAGS)
+
+
+def guest_rsp(env: int) -> int:
+    """RSP."""
+    return load64(env + _REGS + 8 * RSP)
 
 
 def guest_linear_rip(env: int) -> int:
@@ -365,6 +371,11 @@ def load_state(env: int, state: Words) -> None:
     store32(env + _GDT + _CACHE_LIMIT, state[GDT_LIMIT])
     store64(env + _IDT + _CACHE_BASE, state[IDT_BASE])
     store32(env + _IDT + _CACHE_LIMIT, state[IDT_LIMIT])
+
+
+def set_flags_for_entry(env: int, state: Words) -> None:
+    """Put all of RFLAGS into one field: at the start of a run the translator takes them apart itself."""
+    store64(env + _EFLAGS, state[RFLAGS] | RFLAGS_FIXED)
 
 
 def _load_segment(cache: int, state: Words, first: int) -> None:

@@ -213,7 +213,9 @@ class Vcpu:
                 return self._begin_port_io()
             if engine_exit.reason not in (c.EXIT_STOPPED, c.EXIT_INTERRUPT_WINDOW):
                 handle_exit(self, engine_exit)
-            if (engine.blocks if virtual else time.monotonic_ns()) >= slice_end or not engine.port_accesses_left:
+            if (
+                engine.blocks if virtual else time.monotonic_ns()
+            ) >= slice_end or not engine.port_accesses_left:
                 break
         return IntrExit()
 
