@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from benchmarks import machines
 from benchmarks.console import Session, watch
 from benchmarks.context import GUEST_MEMORY_MIB, MARKER, Context
-from benchmarks.rows import Row, compared, limited, median
+from benchmarks.rows import BenchmarkError, Row, compared, limited, median
 
 __all__ = ["run"]
 
@@ -15,8 +15,10 @@ __all__ = ["run"]
 _KERNEL_START = "Linux version"
 _MIB = 1 << 20
 
-#: The bars of docs/architecture.md: boot time by QEMU's, LASS on by LASS off, MiB beyond guest RAM.
+#: The bars of docs/architecture.md: boot time by QEMU's, LASS on by LASS off, seconds for a program, MiB beyond
+#: guest RAM.
 _BOOT_BAR = 0.8
+_PROGRAM_BAR = 6.0
 _LASS_BAR = 1.02
 _MEMORY_BAR = 400.0
 
@@ -28,7 +30,7 @@ def run(context: Context) -> list[Row]:
         "LASS on": machines.lasskvm(kernel, initrd),
         "LASS off": machines.lasskvm(kernel, initrd, lass=False),
     }
-    qemu = machines.qemu(kernel, initrd)
+    qemu = machines.qemu(context.qemu, kernel, initrd)
     if qemu is not None:
         commands["QEMU"] = qemu
     # The first run may compile and fill caches, which is not what is measured here
@@ -41,6 +43,10 @@ def run(context: Context) -> list[Row]:
         for name in order:
             context.progress(f"boot: {name}, run {number + 1} of {context.runs}")
             sessions[name].append(watch(name, commands[name], context.timeout))
+    programs = []
+    for number in range(context.runs):
+        context.progress(f"boot: a program, run {number + 1} of {context.runs}")
+        programs.append(_run_program(context))
     on, off, theirs = sessions["LASS on"], sessions["LASS off"], sessions.get("QEMU", [])
     missing = "" if qemu is not None else machines.QEMU_MISSING
     note = missing or _difference(on[0], theirs[0])
@@ -48,10 +54,18 @@ def run(context: Context) -> list[Row]:
         compared("boot to /init, against QEMU", _boot(on), _boot(theirs), "s", at_most=_BOOT_BAR, note=note),
         compared("boot to /init, against LASS off", _boot(on), _boot(off), "s", at_most=_LASS_BAR),
         compared("boot, whole process", _whole(on), _whole(theirs), "s", note=missing),
+        limited("lasskvm run debian -- true", median(programs), "s", at_most=_PROGRAM_BAR),
         limited(
             "peak memory beyond guest RAM", _memory(on), "MiB", at_most=_MEMORY_BAR, theirs=_memory(theirs)
         ),
     ]
+
+
+def _run_program(context: Context) -> float:
+    session = watch("lasskvm", machines.lasskvm_program("debian", context.busybox("true")), context.timeout)
+    if session.status:
+        raise BenchmarkError(f"`lasskvm run debian -- true` failed: {session.last_words()}")
+    return session.duration
 
 
 def _boot(sessions: Sequence[Session]) -> float | None:

@@ -20,6 +20,7 @@ MARKER = "benchmark: /init runs"
 
 #: Major and minor number (Documentation/admin-guide/devices.txt).
 _CONSOLE_DEVICE = (5, 1)
+_EXECUTABLE = 0o755
 _GUESTS = Path(__file__).parent.parent / "guests"
 #: `reboot=k` on the command line makes this a keyboard-controller reset, which ends both VMMs.
 _INIT = f"#!/bin/sh\necho '{MARKER}'\n{{command}}\n/bin/busybox reboot -f\n"
@@ -35,6 +36,8 @@ class Context:
     folder: Path
     #: Called with a short line before each step.
     progress: Callable[[str], None]
+    #: The QEMU to compare with; None when there is none.
+    qemu: str | None = None
     #: Seconds after which a VMM is given up.
     timeout: float = 300.0
 
@@ -48,17 +51,24 @@ class Context:
 
         *program*, a static one, is in its root folder.
         """
-        if self.image.busybox is None:
-            raise BenchmarkError("the image has no busybox; pull it again with `lasskvm images pull debian`")
         initramfs = Initramfs()
         initramfs.add_device("dev/console", stat.S_IFCHR, *_CONSOLE_DEVICE)
-        initramfs.add_file("bin/busybox", self.image.busybox.read_bytes())
+        initramfs.add_file("bin/busybox", self.busybox("busybox").read_bytes())
         initramfs.add_symlink("bin/sh", "busybox")
         initramfs.add_file("init", _INIT.format(command=command).encode())
         if program is not None:
             initramfs.add_file(program.name, program.read_bytes())
         path = self.folder / f"{name}.cpio"
         path.write_bytes(initramfs.build())
+        return path
+
+    def busybox(self, name: str) -> Path:
+        """The image's busybox as a program called *name*, which makes it the command of that name."""
+        if self.image.busybox is None:
+            raise BenchmarkError("the image has no busybox; pull it again with `lasskvm images pull debian`")
+        path = self.folder / name
+        path.write_bytes(self.image.busybox.read_bytes())
+        path.chmod(_EXECUTABLE)
         return path
 
     def guest_program(self, name: str) -> Path:

@@ -22,7 +22,7 @@ def run(context: Context) -> list[Row]:
     kernel = context.image.kernel
     commands = {
         "lasskvm": machines.lasskvm(kernel, initrd, clock="host"),
-        "QEMU": machines.qemu(kernel, initrd),
+        "QEMU": machines.qemu(context.qemu, kernel, initrd),
     }
     values: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in commands}
     units: dict[str, str] = {}

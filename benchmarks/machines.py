@@ -9,11 +9,22 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.context import GUEST_MEMORY_MIB
+from benchmarks.rows import BenchmarkError
 
-__all__ = ["COMMAND_LINE", "QEMU", "QEMU_MISSING", "lasskvm", "lasskvm_version", "qemu", "qemu_version"]
+__all__ = [
+    "COMMAND_LINE",
+    "QEMU",
+    "QEMU_MISSING",
+    "find_qemu",
+    "lasskvm",
+    "lasskvm_program",
+    "lasskvm_version",
+    "qemu",
+    "qemu_version",
+]
 
 QEMU = "qemu-system-x86_64"
-QEMU_MISSING = f"{QEMU} not found: install qemu-system-x86"
+QEMU_MISSING = f"{QEMU} not found: install qemu-system-x86, or give --qemu"
 
 #: What both kernels are told: a serial console from the first line on, no probing for hardware that neither
 #: machine has, the clock of the machine as it is, and a reset at the end that both take for the end of it.
@@ -27,7 +38,7 @@ COMMAND_LINE = (
 def lasskvm(kernel: Path, initrd: Path, *, lass: bool = True, clock: str | None = None) -> list[str]:
     """This package; *clock* is that of ``--clock``."""
     command = [sys.executable, "-m", "lasskvm", "run", str(kernel), "--initrd", str(initrd)]
-    command += ["--memory", str(GUEST_MEMORY_MIB), "--append", COMMAND_LINE]
+    command += ["--memory", str(GUEST_MEMORY_MIB), "--cmdline", COMMAND_LINE]
     if not lass:
         command += ["--cpu", "max,-lass"]
     if clock is not None:
@@ -35,9 +46,13 @@ def lasskvm(kernel: Path, initrd: Path, *, lass: bool = True, clock: str | None 
     return command
 
 
-def qemu(kernel: Path, initrd: Path) -> list[str] | None:
-    """QEMU's TCG with every CPU feature it knows; None when it is not installed."""
-    program = shutil.which(QEMU)
+def lasskvm_program(image: str, program: Path) -> list[str]:
+    """This package as people use it: ``lasskvm run IMAGE -- PROGRAM``."""
+    return [sys.executable, "-m", "lasskvm", "run", image, "--quiet", "--", str(program)]
+
+
+def qemu(program: str | None, kernel: Path, initrd: Path) -> list[str] | None:
+    """QEMU's TCG with every CPU feature it knows; None when *program*, from :func:`find_qemu`, is None."""
     if program is None:
         return None
     command = [program, "-accel", "tcg", "-cpu", "max", "-m", str(GUEST_MEMORY_MIB)]
@@ -45,9 +60,21 @@ def qemu(kernel: Path, initrd: Path) -> list[str] | None:
     return [*command, "-kernel", str(kernel), "-initrd", str(initrd), "-append", COMMAND_LINE]
 
 
-def qemu_version() -> str:
-    """The first line of ``--version``, or why there is none."""
-    program = shutil.which(QEMU)
+def find_qemu(path: Path | None) -> str | None:
+    """The QEMU to compare with: *path*, or without one that of the search path; None when it is not installed.
+
+    Raises :class:`BenchmarkError` when *path* is no program.
+    """
+    if path is None:
+        return shutil.which(QEMU)
+    program = shutil.which(path.absolute())
+    if program is None:
+        raise BenchmarkError(f"{path} cannot be run; give --qemu the path of a {QEMU}")
+    return program
+
+
+def qemu_version(program: str | None) -> str:
+    """The first line of *program*'s ``--version``, or why there is none."""
     if program is None:
         return QEMU_MISSING
     output = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout

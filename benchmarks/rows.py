@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["BenchmarkError", "Row", "compared", "limited", "median"]
+__all__ = ["BenchmarkError", "Row", "compared", "limited", "measured", "median"]
 
 
 class BenchmarkError(Exception):
@@ -54,6 +54,11 @@ def limited(
     """A row whose bar is on our number itself; *theirs* is there for comparison only."""
     holds = None if ours is None else ours <= at_most
     return Row(name, ours, theirs, unit, None, at_most, holds, note, bar_unit=unit)
+
+
+def measured(name: str, ours: float | None, unit: str) -> Row:
+    """A row with a number of ours and nothing to hold it against."""
+    return Row(name, ours, None, unit, None, None, None)
 
 
 def median(values: Sequence[float]) -> float | None:

@@ -53,10 +53,10 @@ def test_two_runs_print_the_same_transcript(lasskvm: LassKvm, guest_program: Cal
 
 
 def test_idle_time_is_skipped(lasskvm: LassKvm, busybox: Path) -> None:
-    """A guest that sleeps for an hour would otherwise outlast the time limit of the test."""
-    run = lasskvm("-q", "--", busybox, "sh", "-c", "sleep 3600; cut -d. -f1 /proc/uptime")
+    """A guest that sleeps for ten minutes would otherwise outlast the time limit of the test."""
+    run = lasskvm("-q", "--", busybox, "sh", "-c", "sleep 600; cut -d. -f1 /proc/uptime")
     assert run.status == 0
-    assert int(run.lines[-1]) >= 3600
+    assert int(run.lines[-1]) >= 600
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,6 @@ def test_idle_time_is_skipped(lasskvm: LassKvm, busybox: Path) -> None:
     (
         ("pti=on", "Kernel/User page tables isolation: enabled"),
         ("mitigations=off", "Vulnerable"),
-        ("nokaslr", "KASLR disabled"),
     ),
 )
 def test_boots_with(lasskvm: LassKvm, busybox: Path, option: str, message: str) -> None:

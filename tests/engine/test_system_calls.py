@@ -238,17 +238,28 @@ def test_iret_from_a_stack_that_lass_forbids_is_ss(guest: Guest) -> None:
     assert outcome.rsp == LOW_USER
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="the stack accesses of far transfers at CPL 3 find translations that the kernel left behind",
+)
 @pytest.mark.parametrize("source", ["retfq", "iretq", "call tbyte [rsi]"])
-def test_far_transfer_in_user_mode_may_not_use_a_supervisor_page_as_stack(guest: Guest, source: str) -> None:
+@pytest.mark.parametrize("lass", [False, True])
+def test_far_transfer_in_user_mode_may_not_use_the_kernels_memory_as_stack(
+    guest: Guest, source: str, lass: bool
+) -> None:
     """Even if the kernel has used the page just before, so that its translation is at hand."""
-    guest.cr4 &= ~CR4_LASS
+    guest.cr4 = guest.cr4 & ~CR4_LASS | CR4_LASS * lass
     guest.write(LOW_USER, assemble(source, LOW_USER).code)
     guest.write(LOW_USER + 0x100, USER_CODE.to_bytes(8, "little") + USER_CS.to_bytes(2, "little"))
-    stack = layout.LOW_SUPERVISOR + 0x800
+    stack = layout.HIGH_SUPERVISOR + 0x800
     outcome = guest.execute(
         f"mov [r9 - 8], r9; mov rax, [r9]; {IRETQ}",
         r9=stack, rsi=LOW_USER + 0x100, **iret_frame(LOW_USER, USER_CS, stack, USER_SS),
     )  # fmt: skip
-    assert (outcome.vector, outcome.rip, outcome.rsp) == (PF, LOW_USER, stack)
-    assert outcome.error_code == PF_P | PF_U | (PF_W if "call" in source else 0)
-    assert outcome.cr2 == (stack - 8 if "call" in source else stack)
+    assert (outcome.rip, outcome.rsp) == (LOW_USER, stack)
+    if lass:
+        assert (outcome.vector, outcome.error_code) == (SS, 0)
+    else:
+        assert outcome.vector == PF
+        assert outcome.error_code == PF_P | PF_U | (PF_W if "call" in source else 0)
+        assert outcome.cr2 == (stack - 8 if "call" in source else stack)
