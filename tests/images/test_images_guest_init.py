@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_images_initramfs import Entry, parse_newc
+from newc import Entry, parse_newc
 
 from lasskvm.errors import ImageError
 from lasskvm.images import program_initramfs, shell_initramfs

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lasskvm.emulator import port_io
 from lasskvm.emulator.completion import complete
 from lasskvm.emulator.context import Emulation
+from lasskvm.emulator.control import load_pdptes
 from lasskvm.emulator.decode import fetch_instruction
 from lasskvm.emulator.events import Event, EventKind, deliver_event
 from lasskvm.emulator.faults import GuestFault, TripleFault, Unhandleable
@@ -47,7 +48,7 @@ from lasskvm.x86.cpuid import (
     parse_cpu,
 )
 from lasskvm.x86.exceptions import NMI
-from lasskvm.x86.registers import RFLAGS_IF
+from lasskvm.x86.registers import CR0_PG, CR4_PAE, EFER_LMA, RFLAGS_IF
 
 if TYPE_CHECKING:
     from lasskvm.kvm.vm import Vm
@@ -137,6 +138,8 @@ class Vcpu:
     def set_sregs(self, sregs: Sregs) -> None:
         """``KVM_SET_SREGS``; OSError with EINVAL for what the guest's CPUID does not allow."""
         registers.set_sregs(self.state, sregs)
+        if sregs.cr0 & CR0_PG and sregs.cr4 & CR4_PAE and not sregs.efer & EFER_LMA:
+            load_pdptes(self.state.words, self.vm.memory, sregs.cr3)
 
     def get_msr(self, index: int) -> int:
         """``KVM_GET_MSRS`` of one register; OSError with EINVAL when there is none of that index."""
@@ -260,8 +263,13 @@ class Vcpu:
 
     def _idle(self, skips: int) -> Exit | None:
         """Pass the time of a halted guest; an exit when the VMM has to."""
-        if not self.state.words[RFLAGS] & RFLAGS_IF or self.vm.pic is None:
-            return HltExit(interrupts_enabled=bool(self.state.words[RFLAGS] & RFLAGS_IF))
+        interrupts_enabled = bool(self.state.words[RFLAGS] & RFLAGS_IF)
+        if self.vm.pic is None:
+            # Without an irqchip the VMM decides what wakes the guest: the next run goes on behind HLT.
+            self.emulation.halted = False
+            return HltExit(interrupts_enabled)
+        if not interrupts_enabled:
+            return HltExit(interrupts_enabled)
         clock = self.vm.clock
         deadline = clock.next_deadline()
         if not isinstance(clock, VirtualClock) or deadline is None:
