@@ -29,7 +29,6 @@ _EMPTY_LOOP = "nop"
 _EXITING = {
     "CPUID": "cpuid",
     "MOV to CR4": "mov cr4, rdi",
-    "WRMSR of IA32_PAT": "mov ecx, 0x277; mov eax, 0x00070406; mov edx, eax; wrmsr",
 }
 #: A port that nobody on the VM's bus claims, so that the access is an exit of ``Vcpu.run()``.
 _VMM_PORT = 0x5C0

@@ -297,3 +297,24 @@ def test_reset_lowers_the_line_and_keeps_what_the_host_sent(bench):
     assert not bench.line
     assert (bench.inp(IER), bench.inp(MCR), bench.inp(IIR)) == (0, 0, NONE)
     assert bench.inp(RBR) == ord("X")
+
+
+def test_output_may_be_coalesced_while_a_written_byte_is_only_transmitted(bench):
+    data_port, status_port, status = bench.uart.coalescible()
+    assert (data_port, status_port) == (0x3F8, 0x3FD)
+    assert status == bench.uart.read_port(status_port, 1)
+    bench.uart.transmit(b"hello")
+    assert bytes(bench.sent) == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("register", "value"), [(3, 0x80), (4, 0x10), (1, 0x02)], ids=["DLAB", "loopback", "THR interrupt"]
+)
+def test_output_is_not_coalesced_while_writing_thr_means_something_else(bench, register, value):
+    bench.uart.write_port(0x3F8 + register, 1, value)
+    assert bench.uart.coalescible() is None
+
+
+def test_coalesced_bytes_leave_the_thr_interrupt_pending_as_single_ones_do(bench):
+    bench.uart.transmit(b"x")
+    assert bench.uart.thr_empty_pending

@@ -56,7 +56,15 @@ LOCAL_PAGES_KEPT = 16
 #: RAM addresses of the memory slots in Unicorn's own numbering, in slot-table order.
 SLOT_RAM_ADDRESS = 64
 
-CONTEXT_WORDS = 120
+#: Coalesced port output: a port whose bytes are only collected, and a port that reads as a constant meanwhile.
+COALESCED_WRITE_PORT, COALESCED_READ_PORT, COALESCED_READ_VALUE, COALESCED_COUNT, COALESCED_BUFFER = range(
+    120, 125
+)
+COALESCED_BYTES = 4096
+#: No port has this number.
+NO_PORT = 1 << 16
+
+CONTEXT_WORDS = 128
 
 # ------------------------------------------------------------------------------------------------- exit reasons
 #: The block deadline was reached, or somebody called stop.

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import unicorn
@@ -27,7 +28,7 @@ from lasskvm.memory import PAGE_CODE, PAGE_SHIFT, PAGE_SIZE, SLOT_WORDS, TABLE_F
 from lasskvm.state import VcpuState, Words
 from lasskvm.x86.paging import PhysicalMemory
 
-__all__ = ["Engine", "EngineExit", "PortHandler"]
+__all__ = ["Engine", "EngineExit", "PortHandler", "Transmitter"]
 
 #: ``(port, size) -> value`` and ``(port, size, value) -> claimed``; None and False mean that nobody answers.
 PortHandler = tuple[Callable[[int, int], int | None], Callable[[int, int, int], bool]]
@@ -66,6 +67,17 @@ class EngineExit:
 _STOPPED = EngineExit(c.EXIT_STOPPED)
 
 
+class Transmitter(Protocol):
+    """A device whose output can be coalesced, as with ``KVM_CAP_COALESCED_PIO``."""
+
+    def coalescible(self) -> tuple[int, int, int] | None:
+        """``(data_port, status_port, status)`` while a byte written to the data port has no effect but to be
+        transmitted and the status port reads as *status*; None when that is not so."""
+
+    def transmit(self, data: bytes) -> None:
+        """Take the bytes that were written to the data port meanwhile."""
+
+
 class Engine:
     """Direct execution of one vCPU.
 
@@ -79,6 +91,8 @@ class Engine:
         self._ports = ports
         self._error: BaseException | None = None
         self._tuned = False
+        #: The device whose output is collected without a call for each byte.
+        self.transmitter: Transmitter | None = None
         #: A run ends when the port handlers have been called this often; 0 means no limit.
         self.port_accesses_left = 0
         self._uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
@@ -123,7 +137,9 @@ class Engine:
 
     def run(self) -> EngineExit:
         """Execute guest code from the state words until an exit; the words then hold the state at the exit."""
+        self._offer_coalescing()
         self._enter(self._context_address)
+        self._take_coalesced()
         if not self._tuned:
             self._tuned = True
             skip_dirty_reset(fill.tlb_fill.address)
@@ -244,6 +260,8 @@ class Engine:
         words[c.FN_PORT_WRITE] = _address(self._port_write_callback)
         words[c.ONES_GPA] = _PRIVATE_GPA + _ONES_PAGE * PAGE_SIZE
         words[c.SINK_GPA] = _PRIVATE_GPA + _SINK_PAGE * PAGE_SIZE
+        self._coalesced = np.zeros(c.COALESCED_BYTES, np.uint8)
+        words[c.COALESCED_BUFFER] = int(self._coalesced.ctypes.data)
         words[c.EPOCH] = 1
         words[c.BLOCK_DEADLINE] = (1 << 64) - 1
 
@@ -337,10 +355,25 @@ class Engine:
             if not self.port_accesses_left:
                 self.stop()
 
+    def _offer_coalescing(self) -> None:
+        words = self._context_words
+        offer = None if self.transmitter is None else self.transmitter.coalescible()
+        data_port, status_port, status = offer or (c.NO_PORT, c.NO_PORT, 0)
+        words[c.COALESCED_WRITE_PORT], words[c.COALESCED_READ_PORT] = data_port, status_port
+        words[c.COALESCED_READ_VALUE] = status
+
+    def _take_coalesced(self) -> None:
+        count = self._context_words[c.COALESCED_COUNT]
+        if count and self.transmitter is not None:
+            self._context_words[c.COALESCED_COUNT] = 0
+            self.transmitter.transmit(self._coalesced[:count].tobytes())
+
     def _port_read(self, port: int, size: int) -> int:
         self._count_port_access()
         try:
+            self._take_coalesced()
             value = self._ports[0](port, size)
+            self._offer_coalescing()
         except BaseException as error:  # noqa: BLE001 -- ctypes would drop it; run() raises it again
             self._error = error
             value = None
@@ -349,7 +382,9 @@ class Engine:
     def _port_write(self, port: int, size: int, value: int) -> int:
         self._count_port_access()
         try:
+            self._take_coalesced()
             claimed = self._ports[1](port, size, value & ((1 << 8 * size) - 1))
+            self._offer_coalescing()
         except BaseException as error:  # noqa: BLE001 -- as above
             self._error = error
             claimed = False

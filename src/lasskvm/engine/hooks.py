@@ -19,6 +19,12 @@ from lasskvm.emulator.syscalls import syscall64, sysenter, sysret
 from lasskvm.engine.context import (
     BLOCK_DEADLINE,
     BLOCKS,
+    COALESCED_BUFFER,
+    COALESCED_BYTES,
+    COALESCED_COUNT,
+    COALESCED_READ_PORT,
+    COALESCED_READ_VALUE,
+    COALESCED_WRITE_PORT,
     COUNT_EVENTS,
     COUNT_EXITS,
     COUNT_SYSCALLS,
@@ -69,7 +75,7 @@ from lasskvm.engine.context import (
     WATCH_HIT,
 )
 from lasskvm.engine.fill import flush_local, forget_stored_code
-from lasskvm.engine.native import callback, foreign_function, load64, store64
+from lasskvm.engine.native import callback, foreign_function, load64, store8, store64
 from lasskvm.engine.native import words_at as words
 from lasskvm.engine.opcode import TWO_BYTE, opcode_at_rip
 from lasskvm.engine.physical import load_physical
@@ -376,6 +382,8 @@ def on_port_write(uc, port, size, value, context):  # type: ignore[no-untyped-de
 def port_read(context: int, port: int, size: int) -> int:
     """The body of :func:`on_port_read`: the value from the bus, or an exit that leaves the instruction undone."""
     _check_port(context, port, size)
+    if size == 1 and port == load64(context + 8 * COALESCED_READ_PORT):
+        return load64(context + 8 * COALESCED_READ_VALUE) | PORT_CLAIMED
     answer: int = _port_read(load64(context + 8 * FN_PORT_READ), port, size)
     if answer & PORT_CLAIMED == 0:
         _leave_instruction(context, EVENT_PORT)
@@ -385,6 +393,12 @@ def port_read(context: int, port: int, size: int) -> int:
 def port_write(context: int, port: int, size: int, value: int) -> None:
     """The body of :func:`on_port_write`."""
     _check_port(context, port, size)
+    if size == 1 and port == load64(context + 8 * COALESCED_WRITE_PORT):
+        count = load64(context + 8 * COALESCED_COUNT)
+        if count < COALESCED_BYTES:
+            store8(load64(context + 8 * COALESCED_BUFFER) + count, value)
+            store64(context + 8 * COALESCED_COUNT, count + 1)
+            return
     answer = _port_write(load64(context + 8 * FN_PORT_WRITE), port, size, value)
     if answer & PORT_CLAIMED == 0:
         _leave_instruction(context, EVENT_PORT)

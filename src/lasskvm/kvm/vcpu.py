@@ -114,6 +114,7 @@ class Vcpu:
 
     def _equip(self, engine: Engine) -> None:
         self.emulation.translate = engine.translate
+        engine.transmitter = self.vm.transmitter
         engine.set_features(tuple(feature_word(self.cpuid, place) for place in FEATURE_WORDS))
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 
+from lasskvm.engine.engine import Transmitter
 from lasskvm.errors import LassKvmError, MemoryLayoutError
 from lasskvm.kvm.clock import Clock, VirtualClock
 from lasskvm.kvm.iobus import PortBus
@@ -30,6 +31,9 @@ class Vm:
         self.pic: Pic | None = None
         self.pit: Pit | None = None
         self.vcpu: Vcpu | None = None
+        #: The console whose output is coalesced (``KVM_REGISTER_COALESCED_MMIO`` with ``pio``); set it before the first
+        #: run. What the guest has written comes at the end of each run, and before any other port access.
+        self.transmitter: Transmitter | None = None
         self.clock: Clock = VirtualClock(self._executed_blocks)
 
     def _executed_blocks(self) -> int:

@@ -129,6 +129,7 @@ class Pc:
         self.uart = Uart16550(pic.line(COM1_IRQ), output)
         for device in (self.uart, Rtc(self.vm.clock, pic.line(RTC_IRQ)), PostPort()):
             self.vm.ports.register(device)
+        self.vm.transmitter = self.uart
         self._slow_ports = PortBus()
         self._slow_devices: tuple[PortDevice, ...] = (
             DebugConsole(output),

@@ -160,6 +160,17 @@ class Uart16550:
             self.backlog.append(BREAK_ENTRY)
             self._fill()
 
+    def coalescible(self) -> tuple[int, int, int] | None:
+        """``(THR port, LSR port, LSR)`` while writing THR does nothing but transmit and LSR does not change."""
+        if self.lcr & LCR_DLAB or self.mcr & MCR_LOOP or self.ier & IER_THR_EMPTY or self.lsr & LSR_ERRORS:
+            return None
+        return self.base + THR, self.base + LSR, self.lsr
+
+    def transmit(self, data: bytes) -> None:
+        """Take bytes that were written to THR while :meth:`coalescible` held."""
+        self.thr_empty_pending = True
+        self._output(data)
+
     def read_port(self, port: int, size: int) -> int:
         """Read a register."""
         offset = port - self.base
