@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "lasskvm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-LONGEST_MODULE = 480
+#: Modules are about 400 lines; one that has outgrown this has a second subject.
+LONGEST_MODULE = 500
 
 LAYERS = [
     "cli",

@@ -14,9 +14,6 @@ GuestProgram = Callable[[str], Path]
 #: Expectations that do not hold yet, by program, with the row of docs/differences.md that each belongs to. One
 #: that begins to hold fails its test too, and is taken out here and there.
 NOT_YET = {
-    "lass_user": {
-        "iret, rsp there": "stack accesses of far transfers",
-    },
     "exact": {
         "lock on a plain load": "LOCK on an instruction that cannot have it",
         "movaps, misaligned": "a misaligned 16-byte operand",
@@ -80,7 +77,7 @@ def test_user_accesses_to_the_upper_half(
         assert f"got {refusal} " in line_about(run, access)
     for access in ("push", "call, rsp there", "read [rbp]", "ds: override is ignored"):
         assert f"got {refusal_of_stack_accesses} " in line_about(run, access)
-    check(run, "lass_user", NOT_YET["lass_user"])
+    check(run, "lass_user", {})
 
 
 def line_about(run: Any, access: str) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from llvmlite import ir
 
 from lasskvm.engine.context import BLOCK_DEADLINE, BLOCKS, LAST_BLOCK
-from lasskvm.engine.hooks import on_deadline
 from lasskvm.engine.native import assembled
+from lasskvm.engine.timing import on_deadline
 
 __all__ = ["block_hook"]
 

@@ -19,7 +19,7 @@ from unicorn import x86_const
 from unicorn.unicorn_py3.unicorn import uclib
 
 from lasskvm.engine import context as c
-from lasskvm.engine import entry, fill, hooks, private
+from lasskvm.engine import entry, fill, hooks, ports, private, timing
 from lasskvm.engine.block_hook import block_hook
 from lasskvm.engine.calibration import calibrate, library_function
 from lasskvm.engine.interpose import skip_dirty_reset
@@ -207,7 +207,7 @@ class Engine:
         """Set what RDTSC gives: *counter* now, and *per_block* more for each block, or the host's nanoseconds."""
         words = self._context_words
         elapsed = (
-            hooks.host_nanoseconds(self._context_address)
+            timing.host_nanoseconds(self._context_address)
             if words[c.HOST_DEADLINE]
             else self.blocks * per_block
         )
@@ -422,10 +422,10 @@ _LIBRARY_FUNCTIONS = {
 _INSTRUCTION_HOOKS = {
     x86_const.UC_X86_INS_SYSCALL: hooks.on_syscall,
     x86_const.UC_X86_INS_SYSENTER: hooks.on_sysenter,
-    x86_const.UC_X86_INS_IN: hooks.on_port_read,
-    x86_const.UC_X86_INS_OUT: hooks.on_port_write,
-    x86_const.UC_X86_INS_RDTSC: hooks.on_rdtsc,
-    x86_const.UC_X86_INS_RDTSCP: hooks.on_rdtscp,
+    x86_const.UC_X86_INS_IN: ports.on_port_read,
+    x86_const.UC_X86_INS_OUT: ports.on_port_write,
+    x86_const.UC_X86_INS_RDTSC: timing.on_rdtsc,
+    x86_const.UC_X86_INS_RDTSCP: timing.on_rdtscp,
 }
 
 # Instructions that the translator executes without their memory access (the CLFLUSH family): gated off, so that

@@ -1,4 +1,4 @@
-"""Native callbacks other than the TLB fill: events, system calls, ports, time.
+"""Events while the guest runs: intercepts, exceptions, memory faults, system calls.
 
 :func:`on_event` is Unicorn's interrupt hook. Everything that interrupts direct execution arrives there: SVM-style
 intercepts, exceptions the translator raises, and the memory faults of the fill. The frequent ones are dealt with on the
@@ -12,21 +12,13 @@ from numba import types
 
 from lasskvm.emulator.control import set_cr3
 from lasskvm.emulator.delivery import EXCEPTION, deliver64
-from lasskvm.emulator.io_permission import check_port_access
 from lasskvm.emulator.mmu import translate
 from lasskvm.emulator.msrs import write_base_msr
 from lasskvm.emulator.syscalls import syscall64, sysenter, sysret
 from lasskvm.engine.context import (
     BLOCK_DEADLINE,
     BLOCKS,
-    COALESCED_BUFFER,
-    COALESCED_BYTES,
-    COALESCED_COUNT,
-    COALESCED_READ_PORT,
-    COALESCED_READ_VALUE,
-    COALESCED_WRITE_PORT,
     COUNT_EVENTS,
-    COUNT_EXITS,
     COUNT_SYSCALLS,
     CPU,
     ENV,
@@ -35,47 +27,32 @@ from lasskvm.engine.context import (
     EVENT_PORT,
     EVENT_SYSCALL,
     EVENT_SYSENTER,
-    EXIT_ADDRESS,
-    EXIT_ERROR_CODE,
     EXIT_EXCEPTION,
     EXIT_FETCH_FROM_HOLE,
-    EXIT_FLAGS,
     EXIT_INTERCEPT,
     EXIT_INTERRUPT_WINDOW,
     EXIT_MEMORY_FAULT,
     EXIT_PORT_IO,
-    EXIT_REASON,
-    EXIT_VECTOR,
     FAULT_ADDRESS,
     FAULT_ERROR_CODE,
     FAULT_FLAGS,
     FAULT_VECTOR,
     FN_CC_COMPUTE_ALL,
-    FN_EMU_STOP,
-    FN_LOOP_EXIT_RESTORE,
-    FN_MONOTONIC,
-    FN_PORT_READ,
-    FN_PORT_WRITE,
-    HOST_DEADLINE,
-    HOST_POLL_BLOCKS,
-    HOST_TIME,
     INSTRUCTION,
     INSTRUCTION_BYTES,
     MEMORY,
-    PORT_CLAIMED,
     STATE,
     SVM_EXIT_BASE,
     SVM_EXIT_CR_WRITE,
     SVM_EXIT_EXCEPTION,
     SVM_EXIT_INTR,
     SVM_EXIT_MSR,
-    TSC_BASE,
-    TSC_PER_BLOCK,
     WATCH_BORROWED_TF,
     WATCH_HIT,
 )
 from lasskvm.engine.fill import flush_local, forget_stored_code
-from lasskvm.engine.native import callback, foreign_function, load64, store8, store64
+from lasskvm.engine.leaving import end_run, leave_instruction
+from lasskvm.engine.native import callback, load64, store64
 from lasskvm.engine.native import words_at as words
 from lasskvm.engine.opcode import TWO_BYTE, opcode_at_rip
 from lasskvm.engine.physical import load_physical
@@ -89,15 +66,12 @@ from lasskvm.engine.private import (
     guest_rflags,
     load_state,
     save_state,
-    set_exception_index,
-    set_guest_rax_rdx,
-    set_guest_rcx,
 )
+from lasskvm.engine.timing import deadline_reached
 from lasskvm.lass import FETCH, IMPLICIT, WRITE
 from lasskvm.memory import TABLE_CODE_STORES
 from lasskvm.state import (
     CR2,
-    CR4,
     EFER,
     INTERRUPT_SHADOW,
     R8,
@@ -109,23 +83,13 @@ from lasskvm.state import (
     RIP,
     STATE_WORDS,
     TLB_FLUSH,
-    TSC_AUX,
     Words,
 )
-from lasskvm.x86.exceptions import DB, GP, PF, UD
+from lasskvm.x86.exceptions import DB, PF, UD
 from lasskvm.x86.opcodes import ONE_BYTE_RMW, TWO_BYTE_RMW, is_rmw_opcode
-from lasskvm.x86.registers import CR4_TSD, EFER_LMA, MASK32, RFLAGS_RF, RFLAGS_TF
+from lasskvm.x86.registers import EFER_LMA, MASK32, RFLAGS_RF, RFLAGS_TF
 
-__all__ = [
-    "on_deadline",
-    "on_event",
-    "on_port_read",
-    "on_port_write",
-    "on_rdtsc",
-    "on_rdtscp",
-    "on_syscall",
-    "on_sysenter",
-]
+__all__ = ["on_event", "on_syscall", "on_sysenter"]
 
 _PAGE_SHIFT = 12
 _PAGE_SIZE = 0x1000
@@ -138,8 +102,6 @@ _OPCODE_WRMSR = TWO_BYTE + 0x30
 _OPCODE_SYSRET = TWO_BYTE + 0x07
 _MODRM_REGISTER_SHIFT = 3
 _CR3_NUMBER = 3
-_CLOCK_MONOTONIC = 1
-_NANOSECONDS_PER_SECOND = 1_000_000_000
 
 _EVENT_EXCEPTION_FIRST = SVM_EXIT_BASE + SVM_EXIT_EXCEPTION
 _EVENT_EXCEPTION_END = SVM_EXIT_BASE + SVM_EXIT_EXCEPTION + 32
@@ -149,11 +111,6 @@ _EVENT_CR3_WRITE = SVM_EXIT_BASE + SVM_EXIT_CR_WRITE + 3
 _EVENT_MSR = SVM_EXIT_BASE + SVM_EXIT_MSR
 _EVENT_INTR = SVM_EXIT_BASE + SVM_EXIT_INTR
 
-_emu_stop = foreign_function(32, 64)
-_loop_exit_restore = foreign_function(0, 64, 64)
-_port_read = foreign_function(64, 32, 32)
-_port_write = foreign_function(64, 32, 32, 32)
-_clock_gettime = foreign_function(32, 32, 64)
 
 # ------------------------------------------------------------------------------------------------------- events
 
@@ -187,17 +144,6 @@ def event(number: int, context: int) -> None:
             _exit_event(context, number, error_code)
     else:
         _exit_event(context, number, error_code)
-
-
-def end_run(context: int, reason: int, vector: int, error_code: int, address: int, flags: int) -> None:
-    """Leave ``uc_emu_start`` behind the current block, with this exit record (``EXIT_*``)."""
-    store64(context + 8 * COUNT_EXITS, load64(context + 8 * COUNT_EXITS) + 1)
-    store64(context + 8 * EXIT_REASON, reason)
-    store64(context + 8 * EXIT_VECTOR, vector)
-    store64(context + 8 * EXIT_ERROR_CODE, error_code)
-    store64(context + 8 * EXIT_ADDRESS, address)
-    store64(context + 8 * EXIT_FLAGS, flags)
-    _emu_stop(load64(context + 8 * FN_EMU_STOP), load64(context))
 
 
 def _exit_event(context: int, number: int, error_code: int) -> None:
@@ -330,19 +276,13 @@ def _complete(env: int, state: Words, length: int) -> None:
 @callback(types.void, types.uint64, types.uint64)
 def on_syscall(uc, context):  # type: ignore[no-untyped-def]
     """SYSCALL, which Unicorn leaves to its hook: go on in the event hook, where RIP is that of the instruction."""
-    _leave_instruction(context, EVENT_SYSCALL)
+    leave_instruction(context, EVENT_SYSCALL)
 
 
 @callback(types.void, types.uint64, types.uint64)
 def on_sysenter(uc, context):  # type: ignore[no-untyped-def]
     """SYSENTER, likewise."""
-    _leave_instruction(context, EVENT_SYSENTER)
-
-
-def _leave_instruction(context: int, number: int) -> None:
-    cpu = load64(context + 8 * CPU)
-    set_exception_index(cpu, number)
-    _loop_exit_restore(load64(context + 8 * FN_LOOP_EXIT_RESTORE), cpu, 0)
+    leave_instruction(context, EVENT_SYSENTER)
 
 
 def _system_call(context: int, env: int, number: int) -> None:
@@ -362,121 +302,3 @@ def _system_call(context: int, env: int, number: int) -> None:
         end_run(context, EXIT_EXCEPTION, vector, 0, 0, 0)
         return
     load_state(env, state)
-
-
-# -------------------------------------------------------------------------------------------------------- ports
-
-
-@callback(types.uint32, types.uint64, types.uint32, types.uint32, types.uint64)
-def on_port_read(uc, port, size, context):  # type: ignore[no-untyped-def]
-    """IN and INS, once for each element."""
-    return types.uint32(port_read(context, port & 0xFFFF, size & 7) & MASK32)
-
-
-@callback(types.void, types.uint64, types.uint32, types.uint32, types.uint32, types.uint64)
-def on_port_write(uc, port, size, value, context):  # type: ignore[no-untyped-def]
-    """OUT and OUTS, once for each element."""
-    port_write(context, port & 0xFFFF, size & 7, value & MASK32)
-
-
-def port_read(context: int, port: int, size: int) -> int:
-    """The body of :func:`on_port_read`: the value from the bus, or an exit that leaves the instruction undone."""
-    _check_port(context, port, size)
-    if size == 1 and port == load64(context + 8 * COALESCED_READ_PORT):
-        return load64(context + 8 * COALESCED_READ_VALUE) | PORT_CLAIMED
-    answer: int = _port_read(load64(context + 8 * FN_PORT_READ), port, size)
-    if answer & PORT_CLAIMED == 0:
-        _leave_instruction(context, EVENT_PORT)
-    return answer
-
-
-def port_write(context: int, port: int, size: int, value: int) -> None:
-    """The body of :func:`on_port_write`."""
-    _check_port(context, port, size)
-    if size == 1 and port == load64(context + 8 * COALESCED_WRITE_PORT):
-        count = load64(context + 8 * COALESCED_COUNT)
-        if count < COALESCED_BYTES:
-            store8(load64(context + 8 * COALESCED_BUFFER) + count, value)
-            store64(context + 8 * COALESCED_COUNT, count + 1)
-            return
-    answer = _port_write(load64(context + 8 * FN_PORT_WRITE), port, size, value)
-    if answer & PORT_CLAIMED == 0:
-        _leave_instruction(context, EVENT_PORT)
-
-
-def _check_port(context: int, port: int, size: int) -> None:
-    """Raise the fault of an I/O access that IOPL and the TSS forbid, from within the instruction."""
-    env = load64(context + 8 * ENV)
-    state = words(load64(context + 8 * STATE), STATE_WORDS)
-    memory: Any = load64(context + 8 * MEMORY)
-    vector, error_code, address = check_port_access(
-        state, memory, port, size, guest_cpl(env), guest_rflags(env)
-    )
-    if vector == 0:
-        return
-    store64(context + 8 * FAULT_VECTOR, vector)
-    store64(context + 8 * FAULT_ERROR_CODE, error_code)
-    store64(context + 8 * FAULT_ADDRESS, address)
-    store64(context + 8 * FAULT_FLAGS, IMPLICIT)
-    _leave_instruction(context, EVENT_MEMORY_FAULT)
-
-
-# --------------------------------------------------------------------------------------------------------- time
-
-
-@callback(types.void, types.uint64)
-def on_deadline(context):  # type: ignore[no-untyped-def]
-    """The block deadline has come (:mod:`lasskvm.engine.block_hook`)."""
-    deadline_reached(context)
-
-
-def deadline_reached(context: int) -> None:
-    """End the run; with a host deadline, only when the host's clock says so, and else ask again some blocks later."""
-    deadline = load64(context + 8 * HOST_DEADLINE)
-    if deadline != 0 and host_nanoseconds(context) < deadline:
-        count = load64(context + 8 * BLOCKS)
-        store64(context + 8 * BLOCK_DEADLINE, count + load64(context + 8 * HOST_POLL_BLOCKS))
-        return
-    _emu_stop(load64(context + 8 * FN_EMU_STOP), load64(context))
-
-
-def host_nanoseconds(context: int) -> int:
-    """The host's monotonic clock."""
-    buffer = context + 8 * HOST_TIME
-    _clock_gettime(load64(context + 8 * FN_MONOTONIC), _CLOCK_MONOTONIC, buffer)
-    return load64(buffer) * _NANOSECONDS_PER_SECOND + load64(buffer + 8)
-
-
-@callback(types.int32, types.uint64, types.uint64)
-def on_rdtsc(uc, context):  # type: ignore[no-untyped-def]
-    """RDTSC; returns 1 to keep the translator from reading the host's counter."""
-    time_stamp(context)
-    return types.int32(1)
-
-
-@callback(types.int32, types.uint64, types.uint64)
-def on_rdtscp(uc, context):  # type: ignore[no-untyped-def]
-    """RDTSCP, likewise."""
-    time_stamp(context)
-    state = words(load64(context + 8 * STATE), STATE_WORDS)
-    set_guest_rcx(load64(context + 8 * ENV), state[TSC_AUX] & MASK32)
-    return types.int32(1)
-
-
-def time_stamp(context: int) -> None:
-    """Load EDX:EAX with the guest's time-stamp counter; #GP(0) where CR4.TSD forbids it."""
-    env = load64(context + 8 * ENV)
-    state = words(load64(context + 8 * STATE), STATE_WORDS)
-    if state[CR4] & CR4_TSD != 0 and guest_cpl(env) != 0:
-        store64(context + 8 * FAULT_VECTOR, GP)
-        store64(context + 8 * FAULT_ERROR_CODE, 0)
-        store64(context + 8 * FAULT_FLAGS, IMPLICIT)
-        _leave_instruction(context, EVENT_MEMORY_FAULT)
-    if load64(context + 8 * HOST_DEADLINE) != 0:
-        counter = load64(context + 8 * TSC_BASE) + host_nanoseconds(context)
-    else:
-        # Two readings in one block must not be equal: reading the counter counts as a block.
-        blocks = load64(context + 8 * BLOCKS) + 1
-        store64(context + 8 * BLOCKS, blocks)
-        counter = load64(context + 8 * TSC_BASE) + blocks * load64(context + 8 * TSC_PER_BLOCK)
-    set_guest_rax_rdx(env, counter & MASK32, (counter >> 32) & MASK32)
