@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "lasskvm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 #: Modules are about 400 lines; one that has outgrown this has a second subject.
-LONGEST_MODULE = 500
+LONGEST_MODULE = 480
 
 LAYERS = [
     "cli",
