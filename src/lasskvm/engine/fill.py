@@ -19,14 +19,9 @@ from lasskvm.engine.context import (
     COUNT_FILLS,
     EPOCH,
     EVENT_FETCH_FROM_HOLE,
-    EVENT_MEMORY_FAULT,
     FAULT_ADDRESS,
-    FAULT_ERROR_CODE,
-    FAULT_FLAGS,
-    FAULT_VECTOR,
     FN_INVALIDATE_RANGE,
     FN_LOOP_EXIT_NOEXC,
-    FN_LOOP_EXIT_RESTORE,
     FN_RESTORE_STATE,
     FN_TLB_FLUSH,
     FN_TLB_FLUSH_INDEXES,
@@ -48,6 +43,7 @@ from lasskvm.engine.context import (
     WATCH_HIT,
 )
 from lasskvm.engine.implicit import is_far_transfer_stack, is_implicit, may_be_implicit
+from lasskvm.engine.leaving import leave_instruction, raise_fault
 from lasskvm.engine.native import callback, foreign_function, load8, load32, load64, store8, store32, store64
 from lasskvm.engine.native import words_at as words
 from lasskvm.engine.physical import find_slot
@@ -59,7 +55,6 @@ from lasskvm.engine.private import (
     context_of,
     guest_cpl,
     guest_rflags,
-    set_exception_index,
     set_single_step,
 )
 from lasskvm.engine.watch import watch_hit, watched_page
@@ -101,7 +96,6 @@ _tlb_flush_page = foreign_function(0, 64, 64, 32)
 _tlb_flush_indexes = foreign_function(0, 64, 32)
 _tlb_set_dirty = foreign_function(0, 64, 64)
 _invalidate_range = foreign_function(0, 64, 64, 64)
-_loop_exit_restore = foreign_function(0, 64, 64)
 _restore_state = foreign_function(8, 64, 64, 8)
 _loop_exit_noexc = foreign_function(0, 64)
 
@@ -164,15 +158,15 @@ def fill(
     if vector != 0:
         if probe != 0:
             return 0
-        _raise_fault(cpu, context, return_address, vector, error_code, address, flags)
+        store64(context + 8 * COUNT_FAULTS, load64(context + 8 * COUNT_FAULTS) + 1)
+        raise_fault(context, vector, error_code, address, flags, return_address)
     if load64(memory + 8 * TABLE_CODE_STORES) != 0:
         forget_stored_code(cpu, context, memory)
     slot = find_slot(memory, gpa)
     if slot == 0:
         if flags & FETCH != 0:
             store64(context + 8 * FAULT_ADDRESS, gpa)
-            set_exception_index(cpu, EVENT_FETCH_FROM_HOLE)
-            _loop_exit_restore(load64(context + 8 * FN_LOOP_EXIT_RESTORE), cpu, return_address)
+            leave_instruction(context, EVENT_FETCH_FROM_HOLE, return_address)
         _install_hole(cpu, context, address, permissions, flags, mmu_index)
         return 1
     page = (gpa - load64(slot)) >> _PAGE_SHIFT
@@ -241,18 +235,6 @@ def _install_hole(cpu: int, context: int, address: int, permissions: int, flags:
         gpa = load64(context + 8 * SINK_GPA)
         allowed = permissions & PERM_W
     _install(cpu, context, address, gpa, allowed, mmu_index, _EVERY_ACCESS)
-
-
-def _raise_fault(
-    cpu: int, context: int, return_address: int, vector: int, error_code: int, address: int, flags: int
-) -> None:
-    store64(context + 8 * COUNT_FAULTS, load64(context + 8 * COUNT_FAULTS) + 1)
-    store64(context + 8 * FAULT_VECTOR, vector)
-    store64(context + 8 * FAULT_ERROR_CODE, error_code)
-    store64(context + 8 * FAULT_ADDRESS, address)
-    store64(context + 8 * FAULT_FLAGS, flags)
-    set_exception_index(cpu, EVENT_MEMORY_FAULT)
-    _loop_exit_restore(load64(context + 8 * FN_LOOP_EXIT_RESTORE), cpu, return_address)
 
 
 def _keep_write_xor_execute(

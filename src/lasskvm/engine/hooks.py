@@ -276,13 +276,13 @@ def _complete(env: int, state: Words, length: int) -> None:
 @callback(types.void, types.uint64, types.uint64)
 def on_syscall(uc, context):  # type: ignore[no-untyped-def]
     """SYSCALL, which Unicorn leaves to its hook: go on in the event hook, where RIP is that of the instruction."""
-    leave_instruction(context, EVENT_SYSCALL)
+    leave_instruction(context, EVENT_SYSCALL, 0)
 
 
 @callback(types.void, types.uint64, types.uint64)
 def on_sysenter(uc, context):  # type: ignore[no-untyped-def]
     """SYSENTER, likewise."""
-    leave_instruction(context, EVENT_SYSENTER)
+    leave_instruction(context, EVENT_SYSENTER, 0)
 
 
 def _system_call(context: int, env: int, number: int) -> None:

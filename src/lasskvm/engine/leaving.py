@@ -22,7 +22,6 @@ from lasskvm.engine.context import (
 )
 from lasskvm.engine.native import foreign_function, load64, store64
 from lasskvm.engine.private import set_exception_index
-from lasskvm.lass import IMPLICIT
 
 __all__ = ["end_run", "leave_instruction", "raise_fault", "stop"]
 
@@ -46,17 +45,26 @@ def stop(context: int) -> None:
     _emu_stop(load64(context + 8 * FN_EMU_STOP), load64(context))
 
 
-def leave_instruction(context: int, number: int) -> None:
-    """Go on in the event hook with event *number* (``EVENT_*``)."""
+def leave_instruction(context: int, number: int, return_address: int) -> None:
+    """Go on in the event hook with event *number* (``EVENT_*``).
+
+    *return_address* is where translated code called from, 0 where the guest's state is up to date already.
+    """
     cpu = load64(context + 8 * CPU)
     set_exception_index(cpu, number)
-    _loop_exit_restore(load64(context + 8 * FN_LOOP_EXIT_RESTORE), cpu, 0)
+    _loop_exit_restore(load64(context + 8 * FN_LOOP_EXIT_RESTORE), cpu, return_address)
 
 
-def raise_fault(context: int, vector: int, error_code: int, address: int) -> None:
-    """Raise an exception that is no matter of the instruction's own operands: its vector is not reclassified."""
+def raise_fault(
+    context: int, vector: int, error_code: int, address: int, flags: int, return_address: int
+) -> None:
+    """Raise an exception from within the instruction.
+
+    *flags* describe the access (:mod:`lasskvm.lass`); with ``IMPLICIT`` the vector is final, whatever the instruction's
+    own operands are. *return_address* is as for :func:`leave_instruction`.
+    """
     store64(context + 8 * FAULT_VECTOR, vector)
     store64(context + 8 * FAULT_ERROR_CODE, error_code)
     store64(context + 8 * FAULT_ADDRESS, address)
-    store64(context + 8 * FAULT_FLAGS, IMPLICIT)
-    leave_instruction(context, EVENT_MEMORY_FAULT)
+    store64(context + 8 * FAULT_FLAGS, flags)
+    leave_instruction(context, EVENT_MEMORY_FAULT, return_address)

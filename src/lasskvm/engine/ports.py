@@ -27,6 +27,7 @@ from lasskvm.engine.leaving import leave_instruction, raise_fault
 from lasskvm.engine.native import callback, foreign_function, load64, store8, store64
 from lasskvm.engine.native import words_at as words
 from lasskvm.engine.private import guest_cpl, guest_rflags
+from lasskvm.lass import IMPLICIT
 from lasskvm.state import STATE_WORDS
 from lasskvm.x86.registers import MASK32
 
@@ -55,7 +56,7 @@ def port_read(context: int, port: int, size: int) -> int:
         return load64(context + 8 * COALESCED_READ_VALUE) | PORT_CLAIMED
     answer: int = _port_read(load64(context + 8 * FN_PORT_READ), port, size)
     if answer & PORT_CLAIMED == 0:
-        leave_instruction(context, EVENT_PORT)
+        leave_instruction(context, EVENT_PORT, 0)
     return answer
 
 
@@ -70,7 +71,7 @@ def port_write(context: int, port: int, size: int, value: int) -> None:
             return
     answer = _port_write(load64(context + 8 * FN_PORT_WRITE), port, size, value)
     if answer & PORT_CLAIMED == 0:
-        leave_instruction(context, EVENT_PORT)
+        leave_instruction(context, EVENT_PORT, 0)
 
 
 def _check_port(context: int, port: int, size: int) -> None:
@@ -82,4 +83,4 @@ def _check_port(context: int, port: int, size: int) -> None:
         state, memory, port, size, guest_cpl(env), guest_rflags(env)
     )
     if vector != 0:
-        raise_fault(context, vector, error_code, address)
+        raise_fault(context, vector, error_code, address, IMPLICIT, 0)

@@ -2,8 +2,8 @@
 
 Unicorn has no API for the privilege level, segment caches, pending interrupts or SVM intercepts, so direct execution
 reads and writes the translator's own structures: ``CPUX86State`` ("env"), ``CPUState`` ("cpu") and ``uc_struct``
-("uc"). The offsets below are those of Unicorn 2.1.4 for x86-64 hosts; :mod:`lasskvm.engine.calibration` checks each
-of them on a live instance before it is used, and refuses any other layout.
+("uc"). The offsets below are those of Unicorn 2.1.4 for x86-64 hosts; :mod:`lasskvm.engine.calibration` checks those
+that the public API reaches on a live instance, and the version for the others (SVM intercepts, the pending event).
 
 All functions are of the compiled subset: they run in Numba code and, in tests, as plain Python. ``env``, ``cpu`` and
 ``uc`` are host addresses, ``state`` is a vCPU's words (:mod:`lasskvm.state`).
@@ -12,7 +12,6 @@ All functions are of the compiled subset: they run in Numba code and, in tests, 
 from lasskvm.engine.native import (
     foreign_function,
     load8,
-    load16,
     load32,
     load64,
     store8,
@@ -294,11 +293,6 @@ def set_intercepts(
     store16(env + _INTERCEPT_DR_READ, dr_read)
     store16(env + _INTERCEPT_DR_WRITE, dr_write)
     store32(env + _INTERCEPT_EXCEPTIONS, 0xFFFFFFFF)
-
-
-def intercepts_field(env: int) -> int:
-    """The CR-write intercept mask (for calibration)."""
-    return load16(env + _INTERCEPT_CR_WRITE)
 
 
 # ------------------------------------------------------------------------------- between env and the state words

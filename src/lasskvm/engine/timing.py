@@ -18,6 +18,7 @@ from lasskvm.engine.leaving import raise_fault, stop
 from lasskvm.engine.native import callback, foreign_function, load64, store64
 from lasskvm.engine.native import words_at as words
 from lasskvm.engine.private import guest_cpl, set_guest_rax_rdx, set_guest_rcx
+from lasskvm.lass import IMPLICIT
 from lasskvm.state import CR4, STATE_WORDS, TSC_AUX
 from lasskvm.x86.exceptions import GP
 from lasskvm.x86.registers import CR4_TSD, MASK32
@@ -74,7 +75,7 @@ def time_stamp(context: int) -> None:
     env = load64(context + 8 * ENV)
     state = words(load64(context + 8 * STATE), STATE_WORDS)
     if state[CR4] & CR4_TSD != 0 and guest_cpl(env) != 0:
-        raise_fault(context, GP, 0, 0)
+        raise_fault(context, GP, 0, 0, IMPLICIT, 0)
     if load64(context + 8 * HOST_DEADLINE) != 0:
         counter = load64(context + 8 * TSC_BASE) + host_nanoseconds(context)
     else:

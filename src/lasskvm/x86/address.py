@@ -5,8 +5,3 @@ def is_canonical(address: int, linear_address_bits: int) -> bool:
     """Whether bits 63 to ``linear_address_bits - 1`` of *address* are all equal (48 bits, or 57 with CR4.LA57)."""
     upper = address >> (linear_address_bits - 1)
     return (upper == 0) | (upper == (1 << (65 - linear_address_bits)) - 1)
-
-
-def sign_extend32(value: int) -> int:
-    """*value*'s low 32 bits as a signed number, as an unsigned 64-bit integer."""
-    return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000 & 0xFFFFFFFFFFFFFFFF
