@@ -23,6 +23,7 @@ __all__ = ["MAX_SLOTS", "PAGE_SIZE", "GuestMemory", "Slot"]
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
+PAGE_MASK = PAGE_SIZE - 1
 
 #: Memory slots a VM can have.
 MAX_SLOTS = 32
@@ -166,9 +167,10 @@ class GuestMemory:
 
     def store(self, gpa: int, size: int, value: int) -> None:
         """Store *size* bytes at *gpa*; dropped where they do not lie in one writable slot."""
-        self._store(gpa, value.to_bytes(size, "little"))
+        self.store_bytes(gpa, value.to_bytes(size, "little"))
 
-    def _store(self, gpa: int, data: bytes) -> None:
+    def store_bytes(self, gpa: int, data: bytes) -> None:
+        """Store *data* at *gpa* on behalf of the guest; dropped where it does not lie in one writable slot."""
         slot = self.find(gpa)
         if slot is None or gpa + len(data) > slot.end or slot.flags & SLOT_READONLY:
             return

@@ -6,7 +6,8 @@ import pytest
 from emulator_guest import CODE, DPL3, KERNEL_STACK, UPPER, USER_STACK, Guest
 
 from lasskvm.emulator.faults import GuestFault
-from lasskvm.emulator.linearize import linearize, load, store
+from lasskvm.emulator.data_access import load, store
+from lasskvm.emulator.linearize import linearize
 from lasskvm.lass import FETCH, INVLPG, STACK, WRITE
 from lasskvm.state import ATTRIBUTES, BASE, CPL, CR0, CR4, EFER, RFLAGS, Segment, segment_word
 from lasskvm.x86.exceptions import GP, PF, PF_P, PF_U, PF_W

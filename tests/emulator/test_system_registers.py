@@ -9,7 +9,7 @@ from emulator_guest import (
     Guest,
 )
 
-from lasskvm.emulator.system import emulate_instruction
+from lasskvm.emulator.execution import emulate_instruction
 from lasskvm.state import (
     CPL,
     CR0,

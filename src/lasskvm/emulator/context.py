@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from lasskvm.emulator.mmio import Mmio
 from lasskvm.emulator.mmu import translate
 from lasskvm.emulator.msrs import MsrFile
+from lasskvm.emulator.tlb import Tlb
 from lasskvm.memory import GuestMemory
 from lasskvm.state import Words
 from lasskvm.x86.cpuid import CpuidTable
@@ -27,6 +29,7 @@ class Emulation:
     ``translate`` is :func:`lasskvm.emulator.mmu.translate`; direct execution puts a compiled form there,
     because it makes the instruction fetch of every exit several times faster. ``prefetched`` holds the bytes
     at RIP where direct execution has left them; whoever sets it takes it back when RIP moves.
+    ``watch_hits`` are the data breakpoints (bits 3:0 as in DR6) that the instruction in progress has met.
     """
 
     words: Words
@@ -37,3 +40,6 @@ class Emulation:
     halted: bool = False
     translate: Translate = translate
     prefetched: bytes = b""
+    mmio: Mmio = field(default_factory=Mmio)
+    tlb: Tlb = field(default_factory=Tlb)
+    watch_hits: int = 0

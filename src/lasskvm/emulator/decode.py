@@ -103,9 +103,9 @@ class MemoryOperand:
     is_stack: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Decoded:
-    """A decoded instruction, at no particular address: ``instruction.ip`` is 0.
+    """A decoded instruction, at no particular address: ``instruction.ip`` is 0. Compared by identity.
 
     ``operand`` is the explicit memory operand, whether the instruction accesses it or only names it (INVLPG);
     ``accesses`` are all the memory accesses it makes, implied ones included.

@@ -1,4 +1,4 @@
-"""From segment and offset to linear address with the checks that precede paging; loads and stores by it.
+"""From segment and offset to linear address with the checks that precede paging.
 
 In 64-bit mode the canonical rule and LASS apply, elsewhere segment types and limits do (in compatibility mode
 LASS too). A failed check is #GP(0), or #SS(0) when the access goes through the stack segment or carries the
@@ -10,8 +10,8 @@ Source: Intel SDM volume 3A, 6.3 to 6.5 (limit and type checking); KVM's ``__lin
 from __future__ import annotations
 
 from lasskvm.emulator.context import Emulation
-from lasskvm.emulator.faults import GuestFault, raise_linear_fault
-from lasskvm.emulator.mmu import check_linear, load_linear, next_linear, store_linear
+from lasskvm.emulator.faults import GuestFault
+from lasskvm.emulator.mmu import check_linear
 from lasskvm.emulator.modes import in_64bit_mode, in_protected_mode
 from lasskvm.lass import FETCH, STACK, WRITE
 from lasskvm.state import ATTRIBUTES, BASE, CPL, LIMIT, RFLAGS, SEGMENT_WORDS, SEGMENTS, Words
@@ -30,9 +30,8 @@ from lasskvm.x86.registers import (
     SS,
 )
 
-__all__ = ["check_limit", "linear_address", "linearize", "load", "store"]
+__all__ = ["check_limit", "linear_address", "linearize"]
 
-_BYTES_PER_LOAD = 8
 _MASK16 = 0xFFFF
 
 
@@ -60,41 +59,6 @@ def linearize(ctx: Emulation, segment: int, offset: int, size: int, flags: int) 
     if vector:
         raise GuestFault(vector, 0)
     return address
-
-
-def load(ctx: Emulation, segment: int, offset: int, size: int, flags: int = 0) -> int:
-    """Load *size* bytes at *segment*:*offset* as a little-endian integer, at the current CPL.
-
-    Raises :class:`GuestFault`; nothing has been changed then, accessed bits aside.
-    """
-    words = ctx.words
-    address = linearize(ctx, segment, offset, size, flags)
-    value, done = 0, 0
-    while done < size:
-        step = min(_BYTES_PER_LOAD, size - done)
-        where = next_linear(words, address, done)
-        part, *fault = load_linear(words, ctx.memory, where, step, flags, words[CPL], words[RFLAGS])
-        raise_linear_fault(*fault)
-        value |= part << 8 * done
-        done += step
-    return value
-
-
-def store(ctx: Emulation, segment: int, offset: int, size: int, value: int, flags: int = 0) -> None:
-    """Store the low *size* bytes of *value* at *segment*:*offset*, at the current CPL.
-
-    Raises :class:`GuestFault`. More than eight bytes are stored in pieces, as processors do.
-    """
-    words = ctx.words
-    address = linearize(ctx, segment, offset, size, flags | WRITE)
-    done = 0
-    while done < size:
-        step = min(_BYTES_PER_LOAD, size - done)
-        where = next_linear(words, address, done)
-        part = value >> 8 * done & (1 << 8 * step) - 1
-        fault = store_linear(words, ctx.memory, where, step, part, flags, words[CPL], words[RFLAGS])
-        raise_linear_fault(*fault)
-        done += step
 
 
 def check_limit(attributes: int, limit: int, offset: int, size: int) -> bool:

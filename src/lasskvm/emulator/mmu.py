@@ -16,7 +16,7 @@ from lasskvm.x86.exceptions import GP, PF, SS
 from lasskvm.x86.paging import PhysicalMemory, load_physical, store_physical, walk
 from lasskvm.x86.registers import CR4_LA57, EFER_LMA, MASK64, RFLAGS_AC
 
-__all__ = ["check_linear", "load_linear", "store_linear", "translate"]
+__all__ = ["check_linear", "load_linear", "locate", "next_linear", "store_linear", "translate"]
 
 _PAGE_OFFSET = 0xFFF
 _PAGE_SIZE = 0x1000
@@ -77,28 +77,43 @@ def next_linear(state: Words, address: int, distance: int) -> int:
     return moved
 
 
+def locate(
+    state: Words, memory: PhysicalMemory, address: int, size: int, flags: int, cpl: int, rflags: int
+) -> tuple[int, int, int, int, int]:
+    """Where the bytes of an access of 1 to 4096 bytes lie: ``(gpa, rest_gpa, vector, error_code, fault_address)``.
+
+    *rest_gpa* is that of the bytes on the second page, when there are any. Everything is checked before anything is
+    accessed, so that an access across a page end happens as a whole or not at all.
+    """
+    vector = check_linear(state, address, size, flags, cpl, rflags)
+    if vector != 0:
+        return 0, 0, vector, 0, address
+    first = _PAGE_SIZE - (address & _PAGE_OFFSET)
+    if first >= size:
+        gpa, _, vector, error_code = translate(state, memory, address, size, flags, cpl, rflags)
+        return gpa, 0, vector, error_code, address
+    gpa, _, vector, error_code = translate(state, memory, address, first, flags, cpl, rflags)
+    if vector != 0:
+        return 0, 0, vector, error_code, address
+    rest = next_linear(state, address, first)
+    rest_gpa, _, vector, error_code = translate(state, memory, rest, size - first, flags, cpl, rflags)
+    return gpa, rest_gpa, vector, error_code, rest
+
+
 def load_linear(
     state: Words, memory: PhysicalMemory, address: int, size: int, flags: int, cpl: int, rflags: int
 ) -> tuple[int, int, int, int]:
     """Load 1 to 8 bytes, also across a page end: ``(value, vector, error_code, fault_address)``."""
-    vector = check_linear(state, address, size, flags, cpl, rflags)
+    gpa, rest_gpa, vector, error_code, fault_address = locate(
+        state, memory, address, size, flags, cpl, rflags
+    )
     if vector != 0:
-        return 0, vector, 0, address
+        return 0, vector, error_code, fault_address
     first = _PAGE_SIZE - (address & _PAGE_OFFSET)
     if first >= size:
-        gpa, _, vector, error_code = translate(state, memory, address, size, flags, cpl, rflags)
-        if vector != 0:
-            return 0, vector, error_code, address
         return load_physical(memory, gpa, size), 0, 0, 0
-    rest = next_linear(state, address, first)
-    gpa, _, vector, error_code = translate(state, memory, address, first, flags, cpl, rflags)
-    if vector != 0:
-        return 0, vector, error_code, address
-    gpa2, _, vector, error_code = translate(state, memory, rest, size - first, flags, cpl, rflags)
-    if vector != 0:
-        return 0, vector, error_code, rest
     low = load_physical(memory, gpa, first)
-    return low | (load_physical(memory, gpa2, size - first) << (8 * first)), 0, 0, 0
+    return low | (load_physical(memory, rest_gpa, size - first) << (8 * first)), 0, 0, 0
 
 
 def store_linear(
@@ -112,24 +127,15 @@ def store_linear(
     rflags: int,
 ) -> tuple[int, int, int]:
     """Store 1 to 8 bytes, all or nothing: ``(vector, error_code, fault_address)``; *flags* without ``WRITE``."""
-    flags = flags | WRITE
-    vector = check_linear(state, address, size, flags, cpl, rflags)
+    gpa, rest_gpa, vector, error_code, fault_address = locate(
+        state, memory, address, size, flags | WRITE, cpl, rflags
+    )
     if vector != 0:
-        return vector, 0, address
+        return vector, error_code, fault_address
     first = _PAGE_SIZE - (address & _PAGE_OFFSET)
     if first >= size:
-        gpa, _, vector, error_code = translate(state, memory, address, size, flags, cpl, rflags)
-        if vector != 0:
-            return vector, error_code, address
         store_physical(memory, gpa, size, value)
         return 0, 0, 0
-    rest = next_linear(state, address, first)
-    gpa, _, vector, error_code = translate(state, memory, address, first, flags, cpl, rflags)
-    if vector != 0:
-        return vector, error_code, address
-    gpa2, _, vector, error_code = translate(state, memory, rest, size - first, flags, cpl, rflags)
-    if vector != 0:
-        return vector, error_code, rest
     store_physical(memory, gpa, first, value & ((1 << (8 * first)) - 1))
-    store_physical(memory, gpa2, size - first, value >> (8 * first))
+    store_physical(memory, rest_gpa, size - first, value >> (8 * first))
     return 0, 0, 0

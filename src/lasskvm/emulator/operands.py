@@ -9,8 +9,8 @@ from __future__ import annotations
 from iced_x86 import OpKind, Register
 
 from lasskvm.emulator.context import Emulation
+from lasskvm.emulator.data_access import load, store
 from lasskvm.emulator.decode import Decoded, MemoryOperand, effective_address, register_info
-from lasskvm.emulator.linearize import load, store
 from lasskvm.lass import STACK
 from lasskvm.state import RAX, Words
 from lasskvm.x86.registers import MASK32, MASK64

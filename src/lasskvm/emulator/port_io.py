@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from iced_x86 import Mnemonic, OpKind, Register
 
 from lasskvm.emulator.context import Emulation
+from lasskvm.emulator.data_access import load, store
 from lasskvm.emulator.decode import Decoded, effective_address, fetch_instruction
 from lasskvm.emulator.faults import Unhandleable
-from lasskvm.emulator.linearize import load, store
 from lasskvm.emulator.operands import read_register, write_register
 from lasskvm.state import RCX, RDI, RDX, RFLAGS, RSI, Words
 from lasskvm.x86.registers import MASK32, MASK64, RFLAGS_DF
 
-__all__ = ["PortAccess", "begin", "finish_element"]
+__all__ = ["PortAccess", "PortAccessNeeded", "begin", "finish_element"]
 
 _PORT_MASK = 0xFFFF
 _INS = {Mnemonic.INSB: 1, Mnemonic.INSW: 2, Mnemonic.INSD: 4}
@@ -35,6 +35,14 @@ class PortAccess:
     size: int
     write: bool
     value: int
+
+
+class PortAccessNeeded(Exception):
+    """No device on the bus claims *access*; only the VMM can answer it."""
+
+    def __init__(self, access: PortAccess) -> None:
+        self.access = access
+        super().__init__(f"port I/O at {access.port:#x}")
 
 
 def begin(ctx: Emulation) -> PortAccess:

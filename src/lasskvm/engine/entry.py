@@ -33,7 +33,7 @@ from lasskvm.engine.private import (
     set_flags_for_entry,
     tables_moved,
 )
-from lasskvm.engine.watch import translated_dr7
+from lasskvm.emulator.watch import translated_dr7
 from lasskvm.state import DR7, RIP, STATE_WORDS, TLB_FLUSH
 
 __all__ = ["enter", "forget_code", "translate_linear"]

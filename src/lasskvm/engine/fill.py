@@ -57,7 +57,7 @@ from lasskvm.engine.private import (
     guest_rflags,
     set_single_step,
 )
-from lasskvm.engine.watch import watch_hit, watched_page
+from lasskvm.emulator.watch import watch_hit, watched_page
 from lasskvm.lass import FETCH, IMPLICIT, WRITE
 from lasskvm.memory import (
     CODE_STORES_KEPT,

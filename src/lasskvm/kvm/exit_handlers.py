@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from iced_x86 import Code, Mnemonic
-
 from lasskvm.emulator.branches import undo_near_branch
 from lasskvm.emulator.completion import next_rip
 from lasskvm.emulator.decode import fetch_instruction, is_read_modify_write, is_stack_access
@@ -19,7 +17,8 @@ from lasskvm.emulator.faults import GuestFault, Unhandleable
 from lasskvm.emulator.linearize import linear_address
 from lasskvm.emulator.mmu import next_linear, translate
 from lasskvm.emulator.modes import linear_address_bits
-from lasskvm.emulator.system import HANDLERS, emulate_instruction
+from lasskvm.emulator.execution import emulate_instruction
+from lasskvm.emulator.instructions import BY_CODE, HANDLERS
 from lasskvm.engine import context as c
 from lasskvm.engine.engine import EngineExit
 from lasskvm.lass import FETCH, IMPLICIT, WRITE
@@ -35,13 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["handle_exit"]
 
 _DR6_HIT_BITS = 0xF
-#: The forms of MOV that the emulator executes.
-_SYSTEM_REGISTER_MOVES = frozenset(
-    (
-        Code.MOV_CR_R32, Code.MOV_CR_R64, Code.MOV_R32_CR, Code.MOV_R64_CR,
-        Code.MOV_DR_R32, Code.MOV_DR_R64, Code.MOV_R32_DR, Code.MOV_R64_DR,
-    )
-)  # fmt: skip
 
 
 def handle_exit(vcpu: Vcpu, engine_exit: EngineExit) -> None:
@@ -135,9 +127,8 @@ def _is_ours(vcpu: Vcpu) -> bool:
     except GuestFault:
         return False
     instruction = decoded.instruction
-    if instruction.mnemonic == Mnemonic.MOV and instruction.code not in _SYSTEM_REGISTER_MOVES:
-        return False
-    return instruction.mnemonic in HANDLERS and not instruction.has_lock_prefix
+    known = instruction.mnemonic in HANDLERS or instruction.code in BY_CODE
+    return known and not instruction.has_lock_prefix
 
 
 def _debug_exception(vcpu: Vcpu) -> None:

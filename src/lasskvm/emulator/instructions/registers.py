@@ -9,7 +9,7 @@ Source: Intel SDM volume 2, the instructions by name; KVM's ``handle_cr()``, ``h
 
 from __future__ import annotations
 
-from iced_x86 import Mnemonic, Register
+from iced_x86 import Code, Mnemonic, Register
 
 from lasskvm.emulator import control
 from lasskvm.emulator.completion import Handler, complete, require_cpl0
@@ -40,14 +40,14 @@ from lasskvm.state import (
 from lasskvm.x86.msr import APIC_BASE_ENABLE
 from lasskvm.x86.registers import CR4_OSXSAVE, CR4_PKE, CR4_TSD, CR4_UMIP, MASK32
 
-__all__ = ["HANDLERS"]
+__all__ = ["BY_CODE", "HANDLERS"]
 
 _CR_WORDS = {0: CR0, 2: CR2, 3: CR3, 4: CR4, 8: CR8}
 _MASK16 = 0xFFFF
 
 
 def _mov(ctx: Emulation, decoded: Decoded) -> None:
-    """MOV to and from control and debug registers; other forms of MOV are not handled here."""
+    """MOV to and from control and debug registers."""
     instruction = decoded.instruction
     destination, source = instruction.op0_register, instruction.op1_register
     if Register.CR0 <= destination <= Register.CR15:
@@ -57,11 +57,9 @@ def _mov(ctx: Emulation, decoded: Decoded) -> None:
     elif Register.DR0 <= destination <= Register.DR15:
         number = _debug_register_number(destination)
         control.set_dr(ctx.words, number, read_register(ctx.words, source))
-    elif Register.DR0 <= source <= Register.DR15:
+    else:
         number = _debug_register_number(source)
         write_register(ctx.words, destination, control.get_dr(ctx.words, number))
-    else:
-        raise Unhandleable(f"{instruction} is not an instruction that exits to the emulator")
     complete(ctx, decoded)
 
 
@@ -183,7 +181,6 @@ def _write_edx_eax(words: Words, value: int) -> None:
 
 #: The handlers of this module, by ``iced_x86.Mnemonic``.
 HANDLERS: dict[int, Handler] = {
-    Mnemonic.MOV: _mov,
     Mnemonic.CLTS: _clts,
     Mnemonic.LMSW: _lmsw,
     Mnemonic.SMSW: _smsw,
@@ -195,3 +192,11 @@ HANDLERS: dict[int, Handler] = {
     Mnemonic.CPUID: _cpuid,
     Mnemonic.XSETBV: _xsetbv,
 }
+
+_SYSTEM_REGISTER_MOVES = (
+    Code.MOV_CR_R32, Code.MOV_CR_R64, Code.MOV_R32_CR, Code.MOV_R64_CR,
+    Code.MOV_DR_R32, Code.MOV_DR_R64, Code.MOV_R32_DR, Code.MOV_R64_DR,
+)  # fmt: skip
+
+#: The forms of MOV that belong here, by ``iced_x86.Code``.
+BY_CODE: dict[int, Handler] = dict.fromkeys(_SYSTEM_REGISTER_MOVES, _mov)

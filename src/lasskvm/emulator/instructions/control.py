@@ -12,10 +12,10 @@ from iced_x86 import Code, Mnemonic, Register
 
 from lasskvm.emulator.completion import Handler, complete, next_rip, require_cpl0, trap_if_single_stepping
 from lasskvm.emulator.context import Emulation
+from lasskvm.emulator.data_access import load
 from lasskvm.emulator.decode import SEGMENT_NUMBERS, Decoded
 from lasskvm.emulator.events import Event, EventKind, deliver_event
 from lasskvm.emulator.faults import GuestFault, Unhandleable, general_protection, invalid_opcode
-from lasskvm.emulator.linearize import load
 from lasskvm.emulator.modes import in_virtual_8086_mode
 from lasskvm.emulator.operands import load_memory_operand, read_register
 from lasskvm.emulator.syscalls import syscall64, sysenter, sysexit, sysret

@@ -1,0 +1,120 @@
+"""Data accesses of emulated instructions: segment, linear address, translation, then memory or MMIO.
+
+:func:`load` and :func:`store` are what every instruction uses. Explicit accesses of the interpreter find their page in
+the software TLB; what is not there, crosses a page, or is not plain memory goes the long way.
+
+Source: KVM's ``segmented_read()`` and ``emulator_read_write()``; Intel SDM volume 3A, 7.15 (interrupt 17: #AC).
+"""
+
+from __future__ import annotations
+
+from lasskvm.emulator.context import Emulation
+from lasskvm.emulator.faults import GuestFault, raise_linear_fault
+from lasskvm.emulator.linearize import linearize
+from lasskvm.emulator.mmu import next_linear
+from lasskvm.emulator.watch import watch_hit
+from lasskvm.lass import WRITE
+from lasskvm.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, SLOT_READONLY
+from lasskvm.state import CPL, CR0, DR7, RFLAGS
+from lasskvm.x86.exceptions import AC as ALIGNMENT_CHECK
+from lasskvm.x86.registers import CR0_AM, RFLAGS_AC
+
+__all__ = ["checks_alignment", "load", "load_bytes", "store", "store_bytes", "touch"]
+
+_BUS_BYTES = 8
+_DR7_ENABLED = 0xFF
+_USER_CPL = 3
+#: Operand sizes with an alignment of their own (SDM table 7-7); the others are made of smaller elements.
+_ALIGNED_SIZES = (2, 4, 8)
+
+
+def load(ctx: Emulation, segment: int, offset: int, size: int, flags: int = 0) -> int:
+    """Load *size* bytes at *segment*:*offset* as a little-endian integer, at the current CPL.
+
+    *flags* are those of :mod:`lasskvm.lass`; a load that a store to the same place follows has ``WRITE`` among them.
+    Raises :class:`GuestFault`; nothing has been changed then, accessed and dirty bits aside.
+    """
+    return int.from_bytes(load_bytes(ctx, segment, offset, size, flags), "little")
+
+
+def store(ctx: Emulation, segment: int, offset: int, size: int, value: int, flags: int = 0) -> None:
+    """Store the low *size* bytes of *value* at *segment*:*offset*, at the current CPL: all of them or none.
+
+    Raises :class:`GuestFault`.
+    """
+    store_bytes(ctx, segment, offset, (value & (1 << 8 * size) - 1).to_bytes(size, "little"), flags)
+
+
+def load_bytes(ctx: Emulation, segment: int, offset: int, size: int, flags: int = 0) -> bytes:
+    """Like :func:`load`, for up to a page of bytes."""
+    pieces = _locate(ctx, segment, offset, size, flags)
+    return b"".join([_load_piece(ctx, gpa, length) for gpa, length in pieces])
+
+
+def store_bytes(ctx: Emulation, segment: int, offset: int, data: bytes, flags: int = 0) -> None:
+    """Like :func:`store`, for up to a page of bytes."""
+    done = 0
+    for gpa, length in _locate(ctx, segment, offset, len(data), flags | WRITE):
+        _store_piece(ctx, gpa, data[done : done + length])
+        done += length
+
+
+def touch(ctx: Emulation, segment: int, offset: int, size: int, flags: int = 0) -> None:
+    """Make the checks and translations of an access of *size* bytes, without the access."""
+    _locate(ctx, segment, offset, size, flags)
+
+
+def _locate(ctx: Emulation, segment: int, offset: int, size: int, flags: int) -> list[tuple[int, int]]:
+    """The guest-physical pieces, one per page, of an access that is allowed."""
+    words = ctx.words
+    address = linearize(ctx, segment, offset, size, flags)
+    if size in _ALIGNED_SIZES and address % size and checks_alignment(ctx):
+        raise GuestFault(ALIGNMENT_CHECK, 0)
+    gpa = _translate(ctx, address, min(size, PAGE_SIZE - address % PAGE_SIZE), flags)
+    pieces = [(gpa, size)]
+    if address % PAGE_SIZE + size > PAGE_SIZE:
+        first = PAGE_SIZE - address % PAGE_SIZE
+        rest_gpa = _translate(ctx, next_linear(words, address, first), size - first, flags)
+        pieces = [(gpa, first), (rest_gpa, size - first)]
+    if words[DR7] & _DR7_ENABLED:
+        ctx.watch_hits |= watch_hit(words, address, size, flags)
+    return pieces
+
+
+def _translate(ctx: Emulation, address: int, size: int, flags: int) -> int:
+    words = ctx.words
+    gpa, _, vector, error_code = ctx.translate(
+        words, ctx.memory, address, size, flags, words[CPL], words[RFLAGS]
+    )
+    raise_linear_fault(vector, error_code, address)
+    if ctx.tlb.enabled:
+        ctx.tlb.keep(ctx.memory, address & ~PAGE_MASK, gpa & ~PAGE_MASK, flags & WRITE != 0)
+    return gpa
+
+
+def checks_alignment(ctx: Emulation) -> bool:
+    """Whether misaligned data accesses raise #AC: CR0.AM, RFLAGS.AC, CPL 3."""
+    words = ctx.words
+    return bool(words[CPL] == _USER_CPL and words[RFLAGS] & RFLAGS_AC and words[CR0] & CR0_AM)
+
+
+def _load_piece(ctx: Emulation, gpa: int, size: int) -> bytes:
+    if ctx.memory.find(gpa) is not None:
+        return ctx.memory.read(gpa, size)
+    pieces = []
+    for start in range(0, size, _BUS_BYTES):
+        length = min(_BUS_BYTES, size - start)
+        pieces.append(ctx.mmio.read(gpa + start, length).to_bytes(length, "little"))
+    return b"".join(pieces)
+
+
+def _store_piece(ctx: Emulation, gpa: int, data: bytes) -> None:
+    slot = ctx.memory.find(gpa)
+    if slot is not None and not slot.flags & SLOT_READONLY:
+        ctx.memory.store_bytes(gpa, data)
+        if gpa >> PAGE_SHIFT in ctx.tlb.code_pages:
+            ctx.tlb.code_stored = True
+        return
+    for start in range(0, len(data), _BUS_BYTES):
+        part = data[start : start + _BUS_BYTES]
+        ctx.mmio.write(gpa + start, len(part), int.from_bytes(part, "little"))
