@@ -9,9 +9,9 @@ import pytest
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.decode import fetch_instruction
 from lasskvm.emulator.delivery import EXCEPTION, deliver64
+from lasskvm.emulator.execution import execute
 from lasskvm.emulator.faults import GuestFault
 from lasskvm.emulator.msrs import MsrFile
-from lasskvm.emulator.execution import execute
 from lasskvm.memory import PAGE_SIZE, GuestMemory
 from lasskvm.state import (
     CPL,

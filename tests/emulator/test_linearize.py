@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from emulator_guest import CODE, DPL3, KERNEL_STACK, UPPER, USER_STACK, Guest
 
-from lasskvm.emulator.faults import GuestFault
 from lasskvm.emulator.data_access import load, store
+from lasskvm.emulator.faults import GuestFault
 from lasskvm.emulator.linearize import linearize
 from lasskvm.lass import FETCH, INVLPG, STACK, WRITE
 from lasskvm.state import ATTRIBUTES, BASE, CPL, CR0, CR4, EFER, RFLAGS, Segment, segment_word

@@ -16,8 +16,8 @@ from emulator_guest import (
 from iced_x86 import Mnemonic
 
 from lasskvm.emulator.decode import fetch_instruction
-from lasskvm.emulator.faults import GuestFault, Unhandleable
 from lasskvm.emulator.execution import emulate_instruction, execute
+from lasskvm.emulator.faults import GuestFault, Unhandleable
 from lasskvm.emulator.instructions import HANDLERS
 from lasskvm.state import (
     ATTRIBUTES,

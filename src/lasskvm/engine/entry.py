@@ -5,6 +5,7 @@ from typing import Any
 from numba import types
 
 from lasskvm.emulator.mmu import translate
+from lasskvm.emulator.watch import translated_dr7
 from lasskvm.engine.context import (
     CPU,
     EMU_RESULT,
@@ -33,7 +34,6 @@ from lasskvm.engine.private import (
     set_flags_for_entry,
     tables_moved,
 )
-from lasskvm.emulator.watch import translated_dr7
 from lasskvm.state import DR7, RIP, STATE_WORDS, TLB_FLUSH
 
 __all__ = ["enter", "forget_code", "translate_linear"]

@@ -13,6 +13,7 @@ from typing import Any
 from numba import types
 
 from lasskvm.emulator.mmu import translate
+from lasskvm.emulator.watch import watch_hit, watched_page
 from lasskvm.engine.context import (
     COUNT_CODE_INVALIDATIONS,
     COUNT_FAULTS,
@@ -57,7 +58,6 @@ from lasskvm.engine.private import (
     guest_rflags,
     set_single_step,
 )
-from lasskvm.emulator.watch import watch_hit, watched_page
 from lasskvm.lass import FETCH, IMPLICIT, WRITE
 from lasskvm.memory import (
     CODE_STORES_KEPT,

@@ -13,12 +13,12 @@ from lasskvm.emulator.branches import undo_near_branch
 from lasskvm.emulator.completion import next_rip
 from lasskvm.emulator.decode import fetch_instruction, is_read_modify_write, is_stack_access
 from lasskvm.emulator.events import Event, deliver_event
+from lasskvm.emulator.execution import emulate_instruction
 from lasskvm.emulator.faults import GuestFault, Unhandleable
+from lasskvm.emulator.instructions import BY_CODE, HANDLERS
 from lasskvm.emulator.linearize import linear_address
 from lasskvm.emulator.mmu import next_linear, translate
 from lasskvm.emulator.modes import linear_address_bits
-from lasskvm.emulator.execution import emulate_instruction
-from lasskvm.emulator.instructions import BY_CODE, HANDLERS
 from lasskvm.engine import context as c
 from lasskvm.engine.engine import EngineExit
 from lasskvm.lass import FETCH, IMPLICIT, WRITE
