@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from lasskvm.conformance import layout
 from lasskvm.conformance.assembler import Assembled, assemble
 from lasskvm.conformance.layout import DONE_VECTOR, PageTables
-from lasskvm.kvm import Exit, HltExit, IntrExit, Regs, Sregs, Vm
+from lasskvm.kvm import ExecutionEngine, Exit, HltExit, IntrExit, Regs, Sregs, Vm
 from lasskvm.x86.cpuid import parse_cpu
 from lasskvm.x86.exceptions import has_error_code, vector_name
 from lasskvm.x86.paging import PTE_A, PTE_D
@@ -81,7 +81,8 @@ class Outcome:
 class Guest:
     """One guest, used for many programs.
 
-    *cpu* is a CPU model as ``--cpu`` takes it, *levels* those of the page tables. :meth:`reset` makes everything as it
+    *cpu* is a CPU model as ``--cpu`` takes it, *levels* those of the page tables; *engine* and *forced_emulation* are
+    those of :class:`~lasskvm.kvm.Vm`. :meth:`reset` makes everything as it
     was at the start. In between, memory and ``tables`` may be changed at will, and so may these attributes, which
     count for the programs started next:
 
@@ -97,8 +98,15 @@ class Guest:
     '#GP(0x0) at fault'
     """
 
-    def __init__(self, cpu: str = "max", *, levels: int = 4) -> None:
-        self.vm = Vm()
+    def __init__(
+        self,
+        cpu: str = "max",
+        *,
+        levels: int = 4,
+        engine: ExecutionEngine = "jit",
+        forced_emulation: bool = False,
+    ) -> None:
+        self.vm = Vm(engine, forced_emulation=forced_emulation)
         self.vm.set_user_memory_region(0, 0, self.vm.allocate(layout.MEMORY_BYTES))
         self.memory = self.vm.memory
         self.vcpu = self.vm.create_vcpu()

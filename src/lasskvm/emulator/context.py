@@ -29,6 +29,8 @@ class Emulation:
     ``translate`` is :func:`lasskvm.emulator.mmu.translate`; direct execution puts a compiled form there,
     because it makes the instruction fetch of every exit several times faster. ``prefetched`` holds the bytes
     at RIP where direct execution has left them; whoever sets it takes it back when RIP moves.
+    ``leave_block`` is set when the interpreter must not just go on with the next instruction: code has been stored to,
+    or a device accessed. ``forced_emulation`` says whether UD2 with "kvm" behind it is the forced emulation prefix.
     ``watch_hits`` are the data breakpoints (bits 3:0 as in DR6) that the instruction in progress has met.
     """
 
@@ -43,3 +45,5 @@ class Emulation:
     mmio: Mmio = field(default_factory=Mmio)
     tlb: Tlb = field(default_factory=Tlb)
     watch_hits: int = 0
+    leave_block: bool = False
+    forced_emulation: bool = False

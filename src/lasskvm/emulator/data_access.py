@@ -101,6 +101,7 @@ def checks_alignment(ctx: Emulation) -> bool:
 def _load_piece(ctx: Emulation, gpa: int, size: int) -> bytes:
     if ctx.memory.find(gpa) is not None:
         return ctx.memory.read(gpa, size)
+    ctx.leave_block = True
     pieces = []
     for start in range(0, size, _BUS_BYTES):
         length = min(_BUS_BYTES, size - start)
@@ -113,8 +114,9 @@ def _store_piece(ctx: Emulation, gpa: int, data: bytes) -> None:
     if slot is not None and not slot.flags & SLOT_READONLY:
         ctx.memory.store_bytes(gpa, data)
         if gpa >> PAGE_SHIFT in ctx.tlb.code_pages:
-            ctx.tlb.code_stored = True
+            ctx.leave_block = True
         return
+    ctx.leave_block = True
     for start in range(0, len(data), _BUS_BYTES):
         part = data[start : start + _BUS_BYTES]
         ctx.mmio.write(gpa + start, len(part), int.from_bytes(part, "little"))

@@ -1,7 +1,7 @@
 """Executing one instruction exactly: fetch, compile, breakpoints, execution, single-stepping, events.
 
-:func:`emulate_instruction` is KVM's ``x86_emulate_instruction()``: what exit handlers call, and what the interpreter
-falls back to wherever a block at once would not be exact.
+:func:`emulate_instruction` is KVM's ``x86_emulate_instruction()``: what exit handlers call. :func:`step` is the same
+for a guest that is interpreted as a whole, whose instruction breakpoints nobody else looks at.
 """
 
 from __future__ import annotations
@@ -14,14 +14,32 @@ from lasskvm.emulator.decode import Decoded, fetch_instruction
 from lasskvm.emulator.events import Event, deliver_event
 from lasskvm.emulator.faults import GuestFault, Unhandleable, debug_trap
 from lasskvm.emulator.instructions import BY_CODE, HANDLERS, PLAIN, TRANSFERS
+from lasskvm.emulator.linearize import linear_address
+from lasskvm.emulator.mmu import load_linear
+from lasskvm.emulator.modes import instruction_pointer_mask
 from lasskvm.emulator.operation import Handler, Operation
+from lasskvm.emulator.watch import instruction_hit
+from lasskvm.lass import FETCH
+from lasskvm.state import CPL, DR7, INTERRUPT_SHADOW, RFLAGS, RIP
 from lasskvm.x86.cpuid import CpuidTable
-from lasskvm.x86.exceptions import DB
-from lasskvm.x86.registers import DR6_BS
+from lasskvm.x86.exceptions import DB, UD
+from lasskvm.x86.registers import CS, DR6_BS, RFLAGS_RF
 
-__all__ = ["compile_instruction", "emulate_instruction", "execute", "is_implemented"]
+__all__ = [
+    "compile_instruction",
+    "deliver_fault",
+    "emulate_instruction",
+    "execute",
+    "is_implemented",
+    "skip_forced_emulation_prefix",
+    "step",
+]
 
 _COMPILED_INSTRUCTIONS = 1 << 15
+_DR7_ENABLED = 0xFF
+#: UD2, then the letters "kvm" (KVM's ``KVM_FEP``).
+_FORCED_EMULATION_PREFIX = int.from_bytes(b"\x0f\x0bkvm", "little")
+_FORCED_EMULATION_BYTES = 5
 
 
 def is_implemented(decoded: Decoded) -> bool:
@@ -64,9 +82,11 @@ def execute(ctx: Emulation, decoded: Decoded) -> None:
     """
     operation = compile_instruction(decoded, ctx.cpuid)
     ctx.mmio.begin()
+    ctx.watch_hits = 0
     operation.run(ctx)
     if operation.is_plain:
         complete(ctx, decoded)
+    ctx.mmio.commit()
 
 
 def emulate_instruction(ctx: Emulation) -> None:
@@ -75,17 +95,52 @@ def emulate_instruction(ctx: Emulation) -> None:
     Data breakpoints that it has met are reported behind it. Raises :class:`TripleFault` and what :func:`execute` does,
     but for :class:`GuestFault`.
     """
-    ctx.watch_hits = 0
     try:
         execute(ctx, fetch_instruction(ctx))
         if ctx.watch_hits:
             raise debug_trap(ctx.watch_hits)
     except GuestFault as fault:
-        # Data breakpoints are traps: those of an instruction that faults are forgotten.
-        dr6 = fault.dr6
-        if fault.vector == DB and dr6 is not None and dr6 & DR6_BS:
-            dr6 |= ctx.watch_hits
-        deliver_event(
-            ctx.words, ctx.memory, Event(fault.vector, error_code=fault.error_code, cr2=fault.cr2, dr6=dr6)
-        )
+        deliver_fault(ctx, fault)
+
+
+def step(ctx: Emulation) -> None:
+    """:func:`emulate_instruction`, behind the instruction breakpoints."""
+    words = ctx.words
+    if words[DR7] & _DR7_ENABLED and not words[RFLAGS] & RFLAGS_RF and not words[INTERRUPT_SHADOW]:
+        hits = instruction_hit(words, linear_address(words, CS, words[RIP]))
+        if hits:
+            deliver_fault(ctx, debug_trap(hits))
+            return
+    emulate_instruction(ctx)
+
+
+def deliver_fault(ctx: Emulation, fault: GuestFault) -> None:
+    """Give *fault* of the instruction in progress to the guest, or go on behind a forced emulation prefix."""
     ctx.mmio.commit()
+    if fault.vector == UD and skip_forced_emulation_prefix(ctx):
+        return
+    dr6 = fault.dr6
+    if fault.vector == DB and dr6 is not None and dr6 & DR6_BS:
+        # Data breakpoints are traps: they count when the instruction has been completed.
+        dr6 |= ctx.watch_hits
+    ctx.halted = False
+    event = Event(fault.vector, error_code=fault.error_code, cr2=fault.cr2, dr6=dr6)
+    deliver_event(ctx.words, ctx.memory, event)
+
+
+def skip_forced_emulation_prefix(ctx: Emulation) -> bool:
+    """Step over the forced emulation prefix at RIP, if that is what has raised #UD, and if the VM allows it.
+
+    KVM's ``handle_ud()``: the instruction behind the prefix is to be emulated, with RIP on it.
+    """
+    if not ctx.forced_emulation:
+        return False
+    words = ctx.words
+    address = linear_address(words, CS, words[RIP])
+    prefix, *fault = load_linear(
+        words, ctx.memory, address, _FORCED_EMULATION_BYTES, FETCH, words[CPL], words[RFLAGS]
+    )
+    if fault[0] or prefix != _FORCED_EMULATION_PREFIX:
+        return False
+    words[RIP] = words[RIP] + _FORCED_EMULATION_BYTES & instruction_pointer_mask(words)
+    return True

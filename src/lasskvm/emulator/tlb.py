@@ -27,21 +27,27 @@ _WAYS = 4
 class Tlb:
     """The pages of one vCPU. ``loads`` and ``stores`` are the tables for the current CPL and RFLAGS.AC.
 
-    Off (``enabled`` False), nothing is kept: the way for single instructions amid direct execution, which changes page
-    tables and CR3 without telling.
+    Suspended, as it is at first, nothing is kept: the way for single instructions amid direct execution, which changes
+    page tables and CR3 without telling.
     """
 
     def __init__(self) -> None:
         self.enabled = False
         self._loads: list[Pages] = [{} for _ in range(_WAYS)]
         self._stores: list[Pages] = [{} for _ in range(_WAYS)]
-        self.loads, self.stores = self._loads[0], self._stores[0]
-        #: Guest-physical page numbers with decoded code; a store there sets ``code_stored``.
+        self.loads: Pages = {}
+        self.stores: Pages = {}
+        #: Guest-physical page numbers with decoded code.
         self.code_pages: set[int] = set()
-        self.code_stored = False
+
+    def suspend(self) -> None:
+        """Keep nothing and find nothing until :meth:`select`: every access shall go the long way."""
+        self.enabled = False
+        self.loads, self.stores = {}, {}
 
     def select(self, words: Words) -> None:
         """Use the tables of the current CPL and RFLAGS.AC; needed after either has changed."""
+        self.enabled = True
         way = (words[CPL] == _USER_CPL) << 1 | (words[RFLAGS] & RFLAGS_AC != 0)
         self.loads, self.stores = self._loads[way], self._stores[way]
 

@@ -1,4 +1,4 @@
-"""Data breakpoints (SDM volume 3B, 18.2), which the translator lacks.
+"""Breakpoints (SDM volume 3B, 18.2): data breakpoints, which the translator lacks, and instruction breakpoints.
 
 Pages that a data breakpoint touches get no lasting TLB entry, so each access to them comes to the fill, which asks
 :func:`watch_hit`. Instruction and I/O breakpoints are left to the translator: :func:`translated_dr7`.
@@ -7,7 +7,7 @@ Pages that a data breakpoint touches get no lasting TLB entry, so each access to
 from lasskvm.lass import WRITE
 from lasskvm.state import DR0, DR7, Words
 
-__all__ = ["translated_dr7", "watch_hit", "watched_page"]
+__all__ = ["instruction_hit", "translated_dr7", "watch_hit", "watched_page"]
 
 _ENABLED = 0xFF
 _PAGE_SHIFT = 12
@@ -49,6 +49,18 @@ def watch_hit(state: Words, address: int, size: int, flags: int) -> int:
             kind = (dr7 >> (_READ_WRITE_SHIFT + 4 * number)) & 3
             if overlaps and (kind == _ON_ACCESS or flags & WRITE != 0):
                 hits |= 1 << number
+    return hits
+
+
+def instruction_hit(state: Words, address: int) -> int:
+    """The instruction breakpoints at linear *address*, as bits 3:0 of DR6."""
+    dr7 = state[DR7]
+    hits = 0
+    for number in range(4):
+        enabled = (dr7 >> (2 * number)) & 3 != 0
+        on_execution = (dr7 >> (_READ_WRITE_SHIFT + 4 * number)) & 0xF == 0
+        if enabled and on_execution and state[DR0 + number] == address:
+            hits |= 1 << number
     return hits
 
 

@@ -29,7 +29,8 @@ WATCH_HIT = 44
 #: Whether the trap flag that single-steps over a watch hit is ours and not the guest's.
 WATCH_BORROWED_TF = 45
 
-# Private guest-physical pages of the engine: all ones (read-only), and a sink for dropped writes
+# Private guest-physical pages of the engine, for implicit accesses to where no memory is: all ones (read-only), and a
+# sink for dropped writes
 ONES_GPA, SINK_GPA = range(46, 48)
 
 # Counters
@@ -77,6 +78,9 @@ EXIT_MEMORY_FAULT = 2
 EXIT_EXCEPTION = 3
 #: An intercepted instruction; EXIT_VECTOR holds the SVM exit code.
 EXIT_INTERCEPT = 4
+#: A data access (lass flags) to guest-physical EXIT_ADDRESS, where no memory is, or a write to read-only memory; RIP is
+#: on the instruction, which is not done.
+EXIT_MMIO = 5
 #: An instruction fetch from guest-physical EXIT_ADDRESS, where no memory is.
 EXIT_FETCH_FROM_HOLE = 6
 #: Port I/O that nobody on the bus claims; RIP is on the instruction, which is not done.
@@ -111,12 +115,13 @@ SVM_EXIT_MWAIT = 0x8B
 SVM_EXIT_XSETBV = 0x8D
 SVM_EXIT_FIRST_INSTRUCTION = 0x60
 
-#: Our own numbers, beyond all SVM exit codes: a memory fault from the fill, a fetch from a hole.
+#: Our own numbers, beyond all SVM exit codes: what ends an instruction from within one of our callbacks.
 EVENT_MEMORY_FAULT = 0x300
 EVENT_FETCH_FROM_HOLE = 0x301
 EVENT_SYSCALL = 0x302
 EVENT_SYSENTER = 0x303
 EVENT_PORT = 0x304
+EVENT_MMIO = 0x305
 
 #: Set in a port handler's answer, above the value, when a device has claimed the access.
 PORT_CLAIMED = 1 << 32

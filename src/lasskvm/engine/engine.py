@@ -60,7 +60,7 @@ class EngineExit:
     error_code: int = 0
     address: int = 0
     flags: int = 0
-    #: What is known of the bytes at RIP when an instruction was intercepted.
+    #: What is known of the bytes at RIP when an instruction was intercepted or accesses a device.
     instruction: bytes = b""
 
 
@@ -156,11 +156,16 @@ class Engine:
         if reason == c.EXIT_STOPPED:
             return _STOPPED
         vector = words[c.EXIT_VECTOR]
-        if reason == c.EXIT_INTERCEPT:
+        instruction = b""
+        if reason in (c.EXIT_INTERCEPT, c.EXIT_MMIO):
             instruction = bytes(self._instruction[: words[c.INSTRUCTION_BYTES]])
-            return EngineExit(reason, vector, instruction=instruction)
         return EngineExit(
-            reason, vector, words[c.EXIT_ERROR_CODE], words[c.EXIT_ADDRESS], words[c.EXIT_FLAGS]
+            reason,
+            vector,
+            words[c.EXIT_ERROR_CODE],
+            words[c.EXIT_ADDRESS],
+            words[c.EXIT_FLAGS],
+            instruction,
         )
 
     def run_until(self, rip: int) -> EngineExit:

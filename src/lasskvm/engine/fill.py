@@ -4,6 +4,9 @@ Unicorn keeps separate TLBs for user mode, supervisor mode, and supervisor mode 
 decides (canonical, LASS, paging) holds for each later hit. :func:`tlb_fill` replaces the ``tlb_fill`` of Unicorn's CPU
 class: it knows the size of the access and the MMU index, and raises faults from within the instruction.
 
+Where a translation ends in no memory slot, nothing is installed: the instruction ends undone, and the VMM emulates it
+with its accesses to devices (MMIO).
+
 The fill also keeps W^X per physical page: a page is never writable through a fast TLB entry while translated code of
 it exists, through whatever alias. Unicorn alone would miss writes behind the first.
 """
@@ -20,7 +23,9 @@ from lasskvm.engine.context import (
     COUNT_FILLS,
     EPOCH,
     EVENT_FETCH_FROM_HOLE,
+    EVENT_MMIO,
     FAULT_ADDRESS,
+    FAULT_FLAGS,
     FN_INVALIDATE_RANGE,
     FN_LOOP_EXIT_NOEXC,
     FN_RESTORE_STATE,
@@ -43,7 +48,12 @@ from lasskvm.engine.context import (
     WATCH_BORROWED_TF,
     WATCH_HIT,
 )
-from lasskvm.engine.implicit import is_far_transfer_stack, is_implicit, may_be_implicit
+from lasskvm.engine.implicit import (
+    is_far_transfer_stack,
+    is_implicit,
+    may_be_implicit,
+    touches_system_table,
+)
 from lasskvm.engine.leaving import leave_instruction, raise_fault
 from lasskvm.engine.native import callback, foreign_function, load8, load32, load64, store8, store32, store64
 from lasskvm.engine.native import words_at as words
@@ -163,17 +173,14 @@ def fill(
     if load64(memory + 8 * TABLE_CODE_STORES) != 0:
         forget_stored_code(cpu, context, memory)
     slot = find_slot(memory, gpa)
-    if slot == 0:
-        if flags & FETCH != 0:
-            store64(context + 8 * FAULT_ADDRESS, gpa)
-            leave_instruction(context, EVENT_FETCH_FROM_HOLE, return_address)
-        _install_hole(cpu, context, address, permissions, flags, mmu_index)
+    readonly = slot != 0 and load64(slot + 8 * SLOT_FLAGS) & SLOT_READONLY != 0
+    if slot == 0 or (readonly and flags & WRITE != 0):
+        if probe != 0:
+            return 0
+        _reach_no_memory(cpu, context, address, gpa, permissions, flags, mmu_index, return_address)
         return 1
     page = (gpa - load64(slot)) >> _PAGE_SHIFT
-    if load64(slot + 8 * SLOT_FLAGS) & SLOT_READONLY != 0:
-        if flags & WRITE != 0:
-            _install_hole(cpu, context, address, permissions, flags, mmu_index)
-            return 1
+    if readonly:
         permissions &= PERM_R | PERM_X
     is_global = permissions & PERM_GLOBAL
     permissions = _keep_write_xor_execute(cpu, context, memory, slot, page, permissions & _PERM_RWX, flags)
@@ -227,14 +234,38 @@ def _note_local_page(context: int, page: int, mmu_index: int) -> None:
     store64(context + 8 * LOCAL_COUNT, count + 1)
 
 
-def _install_hole(cpu: int, context: int, address: int, permissions: int, flags: int, mmu_index: int) -> None:
-    """Nothing answers: reads give all ones, writes are dropped; reading and writing must not share an entry."""
-    gpa = load64(context + 8 * ONES_GPA)
+def _reach_no_memory(
+    cpu: int,
+    context: int,
+    address: int,
+    gpa: int,
+    permissions: int,
+    flags: int,
+    mmu_index: int,
+    return_address: int,
+) -> None:
+    """No memory at *gpa* takes the access: leave the instruction undone. Returns only for implicit accesses.
+
+    Nothing answers those: reads give all ones, writes are dropped; reading and writing must not share an entry.
+    """
+    state = words(load64(context + 8 * STATE), STATE_WORDS)
+    store64(context + 8 * FAULT_ADDRESS, gpa)
+    store64(context + 8 * FAULT_FLAGS, flags)
+    if flags & FETCH != 0:
+        leave_instruction(context, EVENT_FETCH_FROM_HOLE, return_address)
+    implicit = flags & IMPLICIT != 0
+    if not implicit and mmu_index != MMU_USER and touches_system_table(state, address):
+        if return_address != 0:
+            _restore_state(load64(context + 8 * FN_RESTORE_STATE), cpu, return_address, 0)
+        implicit = is_implicit(cpu + CPU_ENV, state, load64(context + 8 * MEMORY))
+    if not implicit:
+        leave_instruction(context, EVENT_MMIO, return_address)
+    page = load64(context + 8 * ONES_GPA)
     allowed = permissions & PERM_R
     if flags & WRITE != 0:
-        gpa = load64(context + 8 * SINK_GPA)
+        page = load64(context + 8 * SINK_GPA)
         allowed = permissions & PERM_W
-    _install(cpu, context, address, gpa, allowed, mmu_index, _EVERY_ACCESS)
+    _install(cpu, context, address, page, allowed, mmu_index, _EVERY_ACCESS)
 
 
 def _keep_write_xor_execute(

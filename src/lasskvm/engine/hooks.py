@@ -24,6 +24,7 @@ from lasskvm.engine.context import (
     ENV,
     EVENT_FETCH_FROM_HOLE,
     EVENT_MEMORY_FAULT,
+    EVENT_MMIO,
     EVENT_PORT,
     EVENT_SYSCALL,
     EVENT_SYSENTER,
@@ -32,6 +33,7 @@ from lasskvm.engine.context import (
     EXIT_INTERCEPT,
     EXIT_INTERRUPT_WINDOW,
     EXIT_MEMORY_FAULT,
+    EXIT_MMIO,
     EXIT_PORT_IO,
     FAULT_ADDRESS,
     FAULT_ERROR_CODE,
@@ -134,6 +136,11 @@ def event(number: int, context: int) -> None:
         _system_call(context, env, number)
     elif number == EVENT_FETCH_FROM_HOLE:
         end_run(context, EXIT_FETCH_FROM_HOLE, 0, 0, load64(context + 8 * FAULT_ADDRESS), 0)
+    elif number == EVENT_MMIO:
+        _note_instruction(context)
+        end_run(
+            context, EXIT_MMIO, 0, 0, load64(context + 8 * FAULT_ADDRESS), load64(context + 8 * FAULT_FLAGS)
+        )
     elif number == EVENT_PORT:
         end_run(context, EXIT_PORT_IO, 0, 0, 0, 0)
     elif number == _EVENT_INTR:

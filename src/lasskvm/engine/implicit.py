@@ -22,7 +22,7 @@ from lasskvm.state import (
 )
 from lasskvm.x86.registers import CR4_SMAP, LDTR, MASK64, RFLAGS_AC, TR
 
-__all__ = ["is_far_transfer_stack", "is_implicit", "may_be_implicit"]
+__all__ = ["is_far_transfer_stack", "is_implicit", "may_be_implicit", "touches_system_table"]
 
 _LDTR = SEGMENTS + SEGMENT_WORDS * LDTR
 _TR = SEGMENTS + SEGMENT_WORDS * TR
@@ -39,8 +39,11 @@ _GROUP6, _LAR, _LSL, _LSS, _LFS, _LGS, _POP_FS, _POP_GS = 0x00, 0x02, 0x03, 0xB2
 
 def may_be_implicit(state: Words, address: int, rflags: int) -> bool:
     """Whether a supervisor access to this page has to be judged by its instruction."""
-    if rflags & RFLAGS_AC == 0 or state[CR4] & CR4_SMAP == 0:
-        return False
+    return rflags & RFLAGS_AC != 0 and state[CR4] & CR4_SMAP != 0 and touches_system_table(state, address)
+
+
+def touches_system_table(state: Words, address: int) -> bool:
+    """Whether a part of the GDT, the LDT or the TSS lies on the page of *address*."""
     return (
         _page_of_table(state[GDT_BASE], state[GDT_LIMIT], address)
         or _page_of_table(state[_LDTR + BASE], state[_LDTR + LIMIT], address)

@@ -19,11 +19,12 @@ from lasskvm.kvm.exits import (
 from lasskvm.kvm.iobus import IrqLine, PortBus, PortDevice
 from lasskvm.kvm.registers import DescriptorTable, Regs, Sregs
 from lasskvm.kvm.vcpu import Vcpu
-from lasskvm.kvm.vm import Vm
+from lasskvm.kvm.vm import ExecutionEngine, Vm
 
 __all__ = [
     "Clock",
     "DescriptorTable",
+    "ExecutionEngine",
     "Exit",
     "HltExit",
     "HostClock",

@@ -13,9 +13,8 @@ from lasskvm.emulator.branches import undo_near_branch
 from lasskvm.emulator.completion import next_rip
 from lasskvm.emulator.decode import fetch_instruction, is_read_modify_write, is_stack_access
 from lasskvm.emulator.events import Event, deliver_event
-from lasskvm.emulator.execution import emulate_instruction
+from lasskvm.emulator.execution import emulate_instruction, is_implemented, skip_forced_emulation_prefix
 from lasskvm.emulator.faults import GuestFault, Unhandleable
-from lasskvm.emulator.instructions import BY_CODE, HANDLERS
 from lasskvm.emulator.linearize import linear_address
 from lasskvm.emulator.mmu import next_linear, translate
 from lasskvm.emulator.modes import linear_address_bits
@@ -25,7 +24,7 @@ from lasskvm.lass import FETCH, IMPLICIT, WRITE
 from lasskvm.memory import PAGE_SIZE
 from lasskvm.state import CPL, DR6, RFLAGS, RIP
 from lasskvm.x86.address import is_canonical
-from lasskvm.x86.exceptions import DB, GP, PF, PF_W, SS, UD, has_error_code
+from lasskvm.x86.exceptions import DB, GP, NM, NP, PF, PF_W, SS, TS, UD, has_error_code
 from lasskvm.x86.registers import CS, DR6_BS, DR6_FIXED, RFLAGS_TF
 
 if TYPE_CHECKING:
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["handle_exit"]
 
 _DR6_HIT_BITS = 0xF
+#: Exceptions by which the translator refuses an instruction.
+_REFUSALS = (UD, NM, TS, NP, SS, GP)
 
 
 def handle_exit(vcpu: Vcpu, engine_exit: EngineExit) -> None:
@@ -108,13 +109,19 @@ def _first_straddling(vcpu: Vcpu, start: int) -> int:
 
 
 def _exception(vcpu: Vcpu, engine_exit: EngineExit) -> None:
-    """An exception of the translator. Some are its way of saying that an instruction is ours to execute."""
+    """An exception of the translator.
+
+    Where it refuses an instruction, the emulator has the last word: it executes it, or finds the exact fault.
+    """
     words = vcpu.state.words
     vector = engine_exit.vector
     if vector == DB:
         _debug_exception(vcpu)
         return
-    if vector in (UD, GP) and _is_ours(vcpu):
+    if vector == UD and skip_forced_emulation_prefix(vcpu.emulation):
+        emulate_instruction(vcpu.emulation)
+        return
+    if vector in _REFUSALS and _is_ours(vcpu):
         emulate_instruction(vcpu.emulation)
         return
     error_code = engine_exit.error_code if has_error_code(vector) else None
@@ -126,9 +133,7 @@ def _is_ours(vcpu: Vcpu) -> bool:
         decoded = fetch_instruction(vcpu.emulation)
     except GuestFault:
         return False
-    instruction = decoded.instruction
-    known = instruction.mnemonic in HANDLERS or instruction.code in BY_CODE
-    return known and not instruction.has_lock_prefix
+    return is_implemented(decoded)
 
 
 def _debug_exception(vcpu: Vcpu) -> None:

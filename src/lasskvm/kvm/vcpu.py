@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lasskvm.emulator import port_io
@@ -17,16 +18,20 @@ from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.control import load_pdptes
 from lasskvm.emulator.decode import fetch_instruction
 from lasskvm.emulator.events import Event, EventKind, deliver_event
+from lasskvm.emulator.execution import emulate_instruction
 from lasskvm.emulator.faults import GuestFault, TripleFault, Unhandleable
+from lasskvm.emulator.interpreter import Interpreter
+from lasskvm.emulator.mmio import MmioReadNeeded
 from lasskvm.emulator.mmu import translate
 from lasskvm.emulator.msrs import MsrFile, guest_tsc, read_msr, write_msr
-from lasskvm.emulator.port_io import PortAccess
+from lasskvm.emulator.port_io import PortAccess, PortAccessNeeded
 from lasskvm.engine import context as c
 from lasskvm.engine.engine import Engine
 from lasskvm.kvm import registers
 from lasskvm.kvm.clock import NANOSECONDS_PER_BLOCK, VirtualClock
+from lasskvm.kvm.emulation_required import emulation_required
 from lasskvm.kvm.exit_handlers import handle_exit
-from lasskvm.kvm.exits import Exit, HltExit, InternalErrorExit, IntrExit, IoExit, ShutdownExit
+from lasskvm.kvm.exits import Exit, HltExit, InternalErrorExit, IntrExit, IoExit, MmioExit, ShutdownExit
 from lasskvm.kvm.registers import Regs, Sregs
 from lasskvm.state import (
     CR4_ALLOWED,
@@ -36,6 +41,7 @@ from lasskvm.state import (
     NMI_BLOCKED,
     RFLAGS,
     RIP,
+    TLB_FLUSH,
     VcpuState,
 )
 from lasskvm.x86.cpuid import (
@@ -58,11 +64,13 @@ __all__ = ["Vcpu"]
 #: A run returns to the VMM at least this often, so that it can look at its console and its timeouts. All but the host's
 #: time are counts of what the guest does, so that a deterministic run stays one.
 _SLICE_BLOCKS = 2_000_000
+_SLICE_INTERPRETED_BLOCKS = 10_000
 _SLICE_EXITS = 1_000
 _SLICE_PORT_ACCESSES = 5_000
 _SLICE_NS = 20_000_000
 #: How often the host's clock is asked while the guest follows it.
 _HOST_POLL_BLOCKS = 2_000
+_HOST_POLL_INTERPRETED_BLOCKS = 500
 #: Idle periods that one run skips on the virtual clock before the VMM gets its turn.
 _IDLE_SKIPS = 64
 
@@ -78,10 +86,13 @@ class Vcpu:
         self.state = VcpuState()
         self._ran = False
         self._engine: Engine | None = None
-        self._pending_io: tuple[PortAccess, IoExit] | None = None
+        #: Whether the emulator ran last: the two paths keep translations of their own.
+        self._interpreted = False
+        #: What to do with the VMM's answer to the last exit, before the guest goes on.
+        self._complete_userspace_io: Callable[[], None] | None = None
         self._nmi_pending = False
         #: What the engine's deadline and time stamp were computed from.
-        self._programmed: tuple[int | None, int, int, int] | None = None
+        self._programmed: tuple[int | None, int, int, int, int] | None = None
         self._use_cpuid(CpuidTable(parse_cpu("max").entries()))
 
     # ---------------------------------------------------------------------------------------- configuration
@@ -101,6 +112,8 @@ class Vcpu:
         words[CR4_ALLOWED], words[EFER_ALLOWED] = cr4_allowed(table), efer_allowed(table)
         self.cpuid = table
         self.emulation = Emulation(words, self.vm.memory, table, MsrFile(table), self.vm.clock.now)
+        self.emulation.forced_emulation = self.vm.forced_emulation
+        self.interpreter = Interpreter(self.emulation)
         if self._engine is not None:
             self._equip(self._engine)
 
@@ -120,7 +133,8 @@ class Vcpu:
     @property
     def executed_blocks(self) -> int:
         """Blocks of guest code executed so far: what the virtual clock counts."""
-        return 0 if self._engine is None else self._engine.blocks
+        direct = 0 if self._engine is None else self._engine.blocks
+        return direct + self.interpreter.blocks
 
     # --------------------------------------------------------------------------------------------- registers
 
@@ -169,7 +183,8 @@ class Vcpu:
     def reset(self) -> None:
         """The state after INIT: registers as at power-on, nothing pending. CPUID and the time-stamp counter stay."""
         self.state.reset()
-        self._pending_io = None
+        self._complete_userspace_io = None
+        self.emulation.mmio.writes.clear()
         self._nmi_pending = False
         self.emulation.halted = False
 
@@ -177,6 +192,7 @@ class Vcpu:
 
     def kick(self) -> None:
         """Let a run in progress look at its interrupts behind the current block."""
+        self.interpreter.stop()
         if self._engine is not None:
             self._engine.stop()
 
@@ -187,53 +203,93 @@ class Vcpu:
         """
         self._ran = True
         try:
+            complete, self._complete_userspace_io = self._complete_userspace_io, None
+            if complete is not None:
+                complete()
             return self._run()
+        except PortAccessNeeded as needed:
+            return self._port_exit(needed.access)
+        except MmioReadNeeded as needed:
+            return self._mmio_read_exit(needed)
         except TripleFault:
             return ShutdownExit()
         except Unhandleable as error:
             return self._internal_error(str(error))
 
     def _run(self) -> Exit:
-        if self._pending_io is not None:
-            self._finish_port_io()
-        engine = self.engine
-        clock = self.vm.clock
-        virtual = isinstance(clock, VirtualClock)
-        slice_end = engine.blocks + _SLICE_BLOCKS if virtual else time.monotonic_ns() + _SLICE_NS
-        engine.port_accesses_left = _SLICE_PORT_ACCESSES
+        virtual = isinstance(self.vm.clock, VirtualClock)
+        slice_end = self.executed_blocks + _SLICE_BLOCKS if virtual else time.monotonic_ns() + _SLICE_NS
+        interpreted_end = self.interpreter.blocks + _SLICE_INTERPRETED_BLOCKS
+        if self.vm.engine == "jit":
+            self.engine.port_accesses_left = _SLICE_PORT_ACCESSES
         skips = 0
         for _ in range(_SLICE_EXITS):
-            clock.run_due()
-            self._inject_events()
+            if self.emulation.mmio.writes:
+                return self._mmio_write_exit()
+            self.vm.clock.run_due()
+            wanted = self._inject_events()
             if self.emulation.halted:
                 idle = self._idle(skips)
                 if idle is not None:
                     return idle
                 skips += 1
-                continue
-            self._set_deadline(slice_end)
-            engine_exit = engine.run()
-            if engine_exit.reason == c.EXIT_PORT_IO:
-                return self._begin_port_io()
-            if engine_exit.reason not in (c.EXIT_STOPPED, c.EXIT_INTERRUPT_WINDOW):
-                handle_exit(self, engine_exit)
-            if (
-                engine.blocks if virtual else time.monotonic_ns()
-            ) >= slice_end or not engine.port_accesses_left:
+            elif self._is_interpreted():
+                self._interpret(interpreted_end, wanted)
+            else:
+                self._execute(slice_end, wanted)
+            if (self.executed_blocks if virtual else time.monotonic_ns()) >= slice_end:
+                break
+            if self.interpreter.blocks >= interpreted_end or self._port_accesses_are_used_up():
                 break
         return IntrExit()
+
+    def _port_accesses_are_used_up(self) -> bool:
+        return self._engine is not None and not self._engine.port_accesses_left
+
+    def _is_interpreted(self) -> bool:
+        return self.vm.engine == "emulator" or emulation_required(self.state.words)
+
+    def _interpret(self, end: int, wanted: bool) -> None:
+        """Let the emulator run the guest, up to block *end* of the interpreter or until it need not."""
+        interpreter, clock = self.interpreter, self.vm.clock
+        if not self._interpreted:
+            self._interpreted = True
+            interpreter.forget_translations()
+        blocks = end - interpreter.blocks
+        deadline = clock.next_deadline()
+        if isinstance(clock, VirtualClock):
+            if deadline is not None:
+                blocks = min(blocks, clock.blocks_until(deadline))
+        else:
+            blocks = min(blocks, _HOST_POLL_INTERPRETED_BLOCKS)
+        interpreter.want_interrupt_window = wanted
+        interpreter.run(max(1, blocks), self._is_interpreted)
+
+    def _execute(self, slice_end: int, wanted: bool) -> None:
+        """Let direct execution run the guest, and deal with its exit."""
+        if self._interpreted:
+            self._interpreted = False
+            self.state.words[TLB_FLUSH] = 1
+        engine = self.engine
+        engine.want_interrupt_window(wanted)
+        self._set_deadline(slice_end)
+        engine_exit = engine.run()
+        if engine_exit.reason == c.EXIT_PORT_IO:
+            self._begin_port_io()
+        elif engine_exit.reason not in (c.EXIT_STOPPED, c.EXIT_INTERRUPT_WINDOW):
+            handle_exit(self, engine_exit)
 
     def _set_deadline(self, slice_end: int) -> None:
         """Tell direct execution when to stop and what RDTSC gives; only when something about them has changed."""
         clock, engine = self.vm.clock, self.engine
         deadline = clock.next_deadline()
         skipped = clock.skipped_ns if isinstance(clock, VirtualClock) else 0
-        programmed = deadline, slice_end, skipped, self.emulation.msrs.tsc_offset
+        programmed = deadline, slice_end, skipped, self.emulation.msrs.tsc_offset, self.interpreter.blocks
         if programmed == self._programmed:
             return
         self._programmed = programmed
         if isinstance(clock, VirtualClock):
-            blocks = max(1, slice_end - engine.blocks)
+            blocks = max(1, slice_end - self.executed_blocks)
             if deadline is not None:
                 blocks = min(blocks, clock.blocks_until(deadline))
             engine.stop_after(blocks)
@@ -244,8 +300,11 @@ class Vcpu:
             engine.stop_at_host_time(host_end, _HOST_POLL_BLOCKS)
         engine.set_time_stamp(guest_tsc(self.emulation), NANOSECONDS_PER_BLOCK)
 
-    def _inject_events(self) -> None:
-        """Deliver an NMI or an external interrupt if the guest takes it now, else ask for a window in which it does."""
+    def _inject_events(self) -> bool:
+        """Deliver an NMI or an external interrupt if the guest takes it now.
+
+        Returns whether another interrupt waits for a window in which the guest takes it.
+        """
         words = self.state.words
         if self._nmi_pending and not words[NMI_BLOCKED] and not words[INTERRUPT_SHADOW]:
             self._nmi_pending = False
@@ -256,7 +315,7 @@ class Vcpu:
             assert pic is not None
             self._deliver(Event(pic.acknowledge(), EventKind.EXTERNAL))
             pending = pic.pending()
-        self.engine.want_interrupt_window(pending)
+        return pending
 
     def _deliver(self, event: Event) -> None:
         self.emulation.halted = False
@@ -280,29 +339,45 @@ class Vcpu:
         clock.skip_to(deadline)
         return None
 
-    # --------------------------------------------------------------------------------------------- port I/O
+    # ------------------------------------------------------------------------------------- port I/O and MMIO
 
-    def _begin_port_io(self) -> Exit:
-        """Turn the port instruction at RIP into an exit for the VMM."""
+    def _begin_port_io(self) -> None:
+        """The port instruction at RIP has left direct execution, which has checked its permission."""
         try:
             access = port_io.begin(self.emulation)
         except GuestFault as fault:
             self._deliver(Event.of_fault(fault))
-            return IntrExit()
+        else:
+            raise PortAccessNeeded(access)
+
+    def _port_exit(self, access: PortAccess) -> IoExit:
         ones = (1 << 8 * access.size) - 1
         io_exit = IoExit(access.port, access.size, access.write, access.value if access.write else ones)
-        self._pending_io = access, io_exit
+        self._complete_userspace_io = partial(self._finish_port_io, access, io_exit)
         return io_exit
 
-    def _finish_port_io(self) -> None:
+    def _finish_port_io(self, access: PortAccess, io_exit: IoExit) -> None:
         """Take the VMM's answer. A repeated instruction that is not done yet is executed again for its next element."""
-        assert self._pending_io is not None
-        (access, io_exit), self._pending_io = self._pending_io, None
         try:
             if port_io.finish_element(self.emulation, access, io_exit.data):
                 complete(self.emulation, access.decoded)
         except GuestFault as fault:
             self._deliver(Event.of_fault(fault))
+
+    def _mmio_read_exit(self, needed: MmioReadNeeded) -> MmioExit:
+        ones = (1 << 8 * needed.size) - 1
+        mmio_exit = MmioExit(needed.gpa, needed.size, write=False, data=ones)
+        self._complete_userspace_io = partial(self._finish_mmio_read, mmio_exit)
+        return mmio_exit
+
+    def _finish_mmio_read(self, mmio_exit: MmioExit) -> None:
+        """Take the VMM's answer, and execute the instruction at RIP once more with it."""
+        self.emulation.mmio.answer(mmio_exit.data & (1 << 8 * mmio_exit.size) - 1)
+        emulate_instruction(self.emulation)
+
+    def _mmio_write_exit(self) -> MmioExit:
+        write = self.emulation.mmio.writes.pop(0)
+        return MmioExit(write.gpa, write.size, write=True, data=write.value)
 
     def _internal_error(self, detail: str) -> InternalErrorExit:
         try:

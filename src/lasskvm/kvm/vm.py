@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from typing import Literal
 
 from lasskvm.engine.engine import Transmitter
 from lasskvm.errors import LassKvmError, MemoryLayoutError
@@ -13,11 +14,18 @@ from lasskvm.kvm.irqchip.pit import PIT_IRQ
 from lasskvm.kvm.vcpu import Vcpu
 from lasskvm.memory import GuestMemory
 
-__all__ = ["Vm"]
+__all__ = ["ExecutionEngine", "Vm"]
+
+#: What executes guest code.
+ExecutionEngine = Literal["jit", "emulator"]
 
 
 class Vm:
     """One virtual machine of the soft provider.
+
+    *engine* says what executes the guest: ``"jit"``, direct execution with the emulator behind it, or ``"emulator"``
+    alone. With *forced_emulation*, UD2 followed by the letters "kvm" has the next instruction emulated (the
+    ``force_emulation_prefix`` parameter of KVM).
 
     >>> vm = Vm()
     >>> vm.set_user_memory_region(0, 0x0, vm.allocate(0x10000))
@@ -25,7 +33,9 @@ class Vm:
     0
     """
 
-    def __init__(self) -> None:
+    def __init__(self, engine: ExecutionEngine = "jit", *, forced_emulation: bool = False) -> None:
+        self.engine: ExecutionEngine = engine
+        self.forced_emulation = forced_emulation
         self.memory = GuestMemory()
         self.ports = PortBus()
         self.pic: Pic | None = None

@@ -1,0 +1,228 @@
+"""Running a guest on the emulator: blocks of compiled instructions, found by guest-physical address.
+
+A block is a run of plain instructions on one page and the instruction that ends it. While nothing asks for more (a
+trap flag, a breakpoint, an interrupt shadow, alignment checks), a block is executed without looking up between its
+instructions; otherwise every instruction is executed by itself (:func:`lasskvm.emulator.execution.step`).
+
+A block is only executed while memory holds the bytes it was made from, whoever has written there; a store to a page
+with decoded code ends the block that makes it, so self-modifying code is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lasskvm.emulator.context import Emulation
+from lasskvm.emulator.data_access import checks_alignment
+from lasskvm.emulator.decode import MAX_INSTRUCTION_LENGTH, Decoded, decode
+from lasskvm.emulator.execution import compile_instruction, deliver_fault, step
+from lasskvm.emulator.faults import GuestFault, Unhandleable, raise_linear_fault
+from lasskvm.emulator.linearize import linear_address
+from lasskvm.emulator.modes import code_bits, instruction_pointer_mask
+from lasskvm.emulator.operation import Executor
+from lasskvm.lass import FETCH
+from lasskvm.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
+from lasskvm.state import (
+    CPL,
+    DR7,
+    INTERRUPT_SHADOW,
+    LIMIT,
+    RFLAGS,
+    RIP,
+    TLB_FLUSH,
+    segment_word,
+)
+from lasskvm.x86.registers import CS, RFLAGS_IF, RFLAGS_RF, RFLAGS_TF
+
+__all__ = ["Interpreter"]
+
+_BLOCK_INSTRUCTIONS = 64
+_KEPT_BLOCKS = 1 << 16
+_DR7_ENABLED = 0xFF
+_STEPPED_FLAGS = RFLAGS_TF | RFLAGS_RF
+_CS_LIMIT = segment_word(CS, LIMIT)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """``steps``: what to call, and the distance from the block's start to the instruction behind. ``last`` ends it."""
+
+    code: bytes
+    steps: tuple[tuple[Executor, int], ...]
+    last: Executor | None
+    instructions: int
+
+
+@dataclass(frozen=True, slots=True)
+class _CodePage:
+    """Where the code of a linear page is: in *view*, and guest-physically."""
+
+    view: memoryview
+    to_view: int
+    to_gpa: int
+
+
+class Interpreter:
+    """Executes the guest of one :class:`Emulation`.
+
+    ``blocks`` counts what has been executed in blocks, the unit of the virtual clock; ``instructions`` counts
+    instructions, each element or batch of a repeated string instruction as one.
+    """
+
+    def __init__(self, ctx: Emulation) -> None:
+        self._ctx = ctx
+        self.blocks = 0
+        self.instructions = 0
+        #: Return as soon as the guest can take an interrupt.
+        self.want_interrupt_window = False
+        self._stop = False
+        self._blocks: dict[tuple[int, int], _Block] = {}
+        self._code_pages: dict[int, _CodePage] = {}
+        self._code_cpl = 0
+
+    def stop(self) -> None:
+        """Let a run in progress end behind the current block."""
+        self._stop = True
+
+    def forget_translations(self) -> None:
+        """Translations may have changed without a word: direct execution has run."""
+        self._ctx.tlb.flush()
+        self._code_pages.clear()
+
+    def run(self, blocks: int, may_go_on: Callable[[], bool] | None = None) -> None:
+        """Execute up to *blocks* blocks.
+
+        Ends early when the guest halts, can take a wanted interrupt, writes to a device that the VMM must hear of, when
+        :meth:`stop` is called, or when *may_go_on* says no between two blocks. Raises what
+        :func:`lasskvm.emulator.execution.emulate_instruction` raises, with RIP on the instruction in question.
+        """
+        ctx, words = self._ctx, self._ctx.words
+        self._stop = False
+        end = self.blocks + blocks
+        try:
+            while self.blocks < end and not self._stop:
+                if words[TLB_FLUSH]:
+                    words[TLB_FLUSH] = 0
+                    self.forget_translations()
+                try:
+                    self._run_block(end)
+                except GuestFault as fault:
+                    deliver_fault(ctx, fault)
+                if ctx.leave_block:
+                    ctx.leave_block = False
+                    if ctx.mmio.writes:
+                        return
+                if ctx.halted or (self.want_interrupt_window and self._takes_interrupts()):
+                    return
+                if may_go_on is not None and not may_go_on():
+                    return
+        finally:
+            ctx.tlb.suspend()
+
+    def _takes_interrupts(self) -> bool:
+        words = self._ctx.words
+        return bool(words[RFLAGS] & RFLAGS_IF) and not words[INTERRUPT_SHADOW]
+
+    def _run_block(self, end: int) -> None:
+        ctx, words = self._ctx, self._ctx.words
+        self.blocks += 1
+        if words[DR7] & _DR7_ENABLED or checks_alignment(ctx):
+            ctx.tlb.suspend()
+            self._step()
+            return
+        ctx.tlb.select(words)
+        if words[RFLAGS] & _STEPPED_FLAGS or words[INTERRUPT_SHADOW]:
+            self._step()
+            return
+        block = self._find_block()
+        if block is None:
+            self._step()
+            return
+        ctx.watch_hits = 0
+        start = words[RIP]
+        while True:
+            for run, distance in block.steps:
+                run(ctx)
+                words[RIP] = start + distance
+                if ctx.leave_block:
+                    ctx.mmio.commit()
+                    self.instructions += 1
+                    return
+            if block.last is not None:
+                block.last(ctx)
+            ctx.mmio.commit()
+            self.instructions += block.instructions
+            # A loop onto itself needs no new look at anything that ends blocks.
+            if words[RIP] != start or self.blocks >= end or ctx.leave_block or words[TLB_FLUSH]:
+                return
+            if self._stop or self.want_interrupt_window or words[RFLAGS] & _STEPPED_FLAGS:
+                return
+            self.blocks += 1
+
+    def _step(self) -> None:
+        self.instructions += 1
+        step(self._ctx)
+
+    # ---------------------------------------------------------------------------------------------- finding code
+
+    def _find_block(self) -> _Block | None:
+        """The block at CS:RIP; None when only its first instruction, exactly executed, can tell what is there."""
+        ctx, words = self._ctx, self._ctx.words
+        bits = code_bits(words)
+        address = linear_address(words, CS, words[RIP])
+        page = self._code_page(address)
+        start = address + page.to_view
+        key = address + page.to_gpa, bits
+        block = self._blocks.get(key)
+        if block is None or page.view[start : start + len(block.code)] != block.code:
+            block = self._make_block(
+                bytes(page.view[start : start + PAGE_SIZE - (address & PAGE_MASK)]), bits
+            )
+            if len(self._blocks) >= _KEPT_BLOCKS:
+                self._blocks.clear()
+            self._blocks[key] = block
+            ctx.tlb.mark_code(address + page.to_gpa)
+        last = words[RIP] + len(block.code) - 1
+        if not block.code or last > (instruction_pointer_mask(words) if bits == 64 else words[_CS_LIMIT]):
+            return None
+        return block
+
+    def _code_page(self, address: int) -> _CodePage:
+        ctx, words = self._ctx, self._ctx.words
+        if self._code_cpl != words[CPL]:
+            self._code_pages.clear()
+            self._code_cpl = words[CPL]
+        page = self._code_pages.get(address >> PAGE_SHIFT)
+        if page is None:
+            gpa, _, vector, error_code = ctx.translate(
+                words, ctx.memory, address, 1, FETCH, words[CPL], words[RFLAGS]
+            )
+            raise_linear_fault(vector, error_code, address)
+            slot = ctx.memory.find(gpa)
+            if slot is None:
+                raise Unhandleable(
+                    f"instruction fetch from guest-physical {gpa:#x}, where there is no memory"
+                )
+            page = _CodePage(slot.view, gpa - slot.gpa - address, gpa - address)
+            self._code_pages[address >> PAGE_SHIFT] = page
+        return page
+
+    def _make_block(self, code: bytes, bits: int) -> _Block:
+        """The block at the start of *code*, the rest of its page; empty when its first instruction is special."""
+        steps: list[tuple[Executor, int]] = []
+        position, last = 0, None
+        while len(steps) < _BLOCK_INSTRUCTIONS:
+            decoded = decode(bits, code[position : position + MAX_INSTRUCTION_LENGTH])
+            if not isinstance(decoded, Decoded):
+                break
+            try:
+                operation = compile_instruction(decoded, self._ctx.cpuid)
+            except Unhandleable:
+                break
+            position += decoded.length
+            if not operation.is_plain:
+                last = operation.run
+                break
+            steps.append((operation.run, position))
+        return _Block(code[:position], tuple(steps), last, len(steps) + (last is not None))
