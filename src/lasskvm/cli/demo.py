@@ -10,13 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lasskvm.cli.engine import EngineChoice, EngineOption
 from lasskvm.cli.reporting import STATUS_FAILED, ignore, reports_errors, say
 
 __all__ = ["EXAMPLE", "Result", "Row", "conclusion", "demo", "render"]
 
 EXAMPLE = """[bold]Example:[/] what LASS blocks, in seconds, without Linux and without a download
 
-lasskvm demo"""
+lasskvm demo
+
+lasskvm demo --engine emulator"""
 
 
 class Row(Protocol):
@@ -53,6 +56,10 @@ class Result(Protocol):
 
 @reports_errors
 def demo(
+    engine: EngineOption = EngineChoice.JIT,
+    forced_emulation: Annotated[
+        bool, typer.Option("--forced-emulation", help="Have each access emulated, by KVM's prefix for that.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
 ) -> None:
     """Run a small guest that makes accesses with LASS off and on, and show what happened.
@@ -63,8 +70,9 @@ def demo(
     from lasskvm.conformance.demo import run_demo
 
     progress = ignore if quiet else say
-    kvm.prepare(progress)
-    result: Result = run_demo(progress)
+    if engine is EngineChoice.JIT:
+        kvm.prepare(progress)
+    result: Result = run_demo(progress, engine=engine.value, forced_emulation=forced_emulation)
     console = Console(highlight=False)
     console.print(render(result))
     console.print(conclusion(result))

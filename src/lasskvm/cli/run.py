@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lasskvm.cli.cpu import LIST, print_models
+from lasskvm.cli.engine import EngineChoice, EngineOption
 from lasskvm.cli.reporting import STATUS_FAILED, ignore, reports_errors, say
 from lasskvm.errors import ImageError
 from lasskvm.x86.cpuid import parse_cpu
@@ -119,6 +120,7 @@ def run(
     initrd: _Initrd = None,
     timeout: _Timeout = None,
     clock: _Clock = None,
+    engine: EngineOption = EngineChoice.JIT,
     stats: _Stats = False,
     quiet: _Quiet = False,
 ) -> None:
@@ -146,10 +148,12 @@ def run(
         output=console.write,
         idle=console.idle,
         clock=kvm.HostClock() if host_clock else None,
+        engine=engine.value,
     )
     console.connect(pc.uart, pc.vm.clock.now, pc.stop)
     _load(pc, kernel, ramdisk, _command_line(append, cmdline, quiet))
-    kvm.prepare(ignore if quiet else say)
+    if engine is EngineChoice.JIT:
+        kvm.prepare(ignore if quiet else say)
     if console.is_raw and not quiet:
         say(HINT)
     with console:

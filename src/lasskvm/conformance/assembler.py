@@ -40,7 +40,10 @@ from lasskvm.conformance.operands import (
     split_operands,
 )
 
-__all__ = ["Assembled", "assemble"]
+__all__ = ["FORCED_EMULATION", "Assembled", "assemble"]
+
+#: KVM's forced emulation prefix: UD2 and the letters "kvm".
+FORCED_EMULATION = "ud2; db 0x6b, 0x76, 0x6d"
 
 _DATA = {"db": 1, "dw": 2, "dd": 4, "dq": 8}
 _PREFIXES = {

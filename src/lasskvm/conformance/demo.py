@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lasskvm.conformance import layout
-from lasskvm.conformance.assembler import Assembled, assemble
+from lasskvm.conformance.assembler import FORCED_EMULATION, Assembled, assemble
 from lasskvm.conformance.demo_cases import (
+    ACCESS,
     CASES,
     LOW_GDT_POINTER,
     LOW_LDT_SELECTOR,
@@ -32,7 +33,7 @@ from lasskvm.conformance.demo_kernel import (
     kernel_source,
 )
 from lasskvm.conformance.layout import DONE_VECTOR, LOW_SUPERVISOR, PageTables
-from lasskvm.kvm import IntrExit, Regs, Vm
+from lasskvm.kvm import ExecutionEngine, IntrExit, Regs, Vm
 from lasskvm.memory import PAGE_SIZE
 from lasskvm.x86.cpuid import parse_cpu
 from lasskvm.x86.descriptors import make_segment
@@ -82,13 +83,19 @@ class DemoResult:
         return self.found and self.enabled and all(row.as_documented for row in self.rows)
 
 
-def run_demo(progress: Callable[[str], None] | None = None) -> DemoResult:
-    """Run the demonstration and return what the guest has seen.
+def run_demo(
+    progress: Callable[[str], None] | None = None,
+    *,
+    engine: ExecutionEngine = "jit",
+    forced_emulation: bool = False,
+) -> DemoResult:
+    """Run the demonstration on *engine* and return what the guest has seen.
 
-    *progress* is told, in a few words, what is going on.
+    *progress* is told, in a few words, what is going on. With *forced_emulation* each access carries KVM's forced
+    emulation prefix.
     """
     tell = progress or (lambda message: None)
-    guest = _DemoGuest()
+    guest = _DemoGuest(engine, forced_emulation)
     tell(f"a guest makes {len(CASES)} accesses, switches LASS on, and makes them again")
     guest.run()
     return guest.result()
@@ -97,21 +104,24 @@ def run_demo(progress: Callable[[str], None] | None = None) -> DemoResult:
 class _DemoGuest:
     """The VM of the demonstration."""
 
-    def __init__(self) -> None:
-        vm = Vm()
+    def __init__(self, engine: ExecutionEngine, forced_emulation: bool) -> None:
+        vm = Vm(engine, forced_emulation=forced_emulation)
         vm.set_user_memory_region(0, 0, vm.allocate(layout.MEMORY_BYTES))
         self._memory = vm.memory
         self._vcpu = vm.create_vcpu()
         self._vcpu.set_cpuid2(parse_cpu("max").entries())
-        self._programs = [self._assemble(number, case) for number, case in enumerate(CASES)]
+        self._programs = [self._assemble(number, case, forced_emulation) for number, case in enumerate(CASES)]
         self._tables = PageTables(self._memory)
         self._build_memory()
 
     @staticmethod
-    def _assemble(number: int, case: Case) -> Assembled:
+    def _assemble(number: int, case: Case, forced_emulation: bool) -> Assembled:
         code = layout.USER_CODE if case.cpl == 3 else layout.KERNEL_CODE
         address = code + _PROGRAMS_OFFSET + number * _PROGRAM_BYTES
-        return assemble(f"{case.program}; int {DONE_VECTOR:#x}", address)
+        program = case.program
+        if forced_emulation:
+            program = program.replace(f"{ACCESS}:", f"{FORCED_EMULATION}; {ACCESS}:")
+        return assemble(f"{program}; int {DONE_VECTOR:#x}", address)
 
     def _build_memory(self) -> None:
         memory, tables = self._memory, self._tables

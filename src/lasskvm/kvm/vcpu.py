@@ -136,6 +136,11 @@ class Vcpu:
         direct = 0 if self._engine is None else self._engine.blocks
         return direct + self.interpreter.blocks
 
+    def counters(self) -> dict[str, int]:
+        """How often what happened, by name."""
+        direct = {} if self._engine is None else self._engine.counters()
+        return {**direct, "interpreted_instructions": self.interpreter.instructions}
+
     # --------------------------------------------------------------------------------------------- registers
 
     def get_regs(self) -> Regs:

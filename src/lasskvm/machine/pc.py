@@ -85,7 +85,7 @@ class Pc:
     *memory_size* is in bytes, a multiple of 4 KiB. *output* gets what the guest writes to its serial port and
     to the debug console. *idle* is called when the guest has nothing to do, with the nanoseconds until its
     next timer (None: it waits for input for ever), and, with 0, now and then while it runs; it is where a
-    console reads its input.
+    console reads its input. *engine* is that of :class:`~lasskvm.kvm.Vm`.
 
     Raises :class:`MemoryLayoutError` for a memory size that is too small, or more than this host has.
     """
@@ -98,6 +98,7 @@ class Pc:
         output: Callable[[bytes], None],
         idle: Callable[[int | None], None] | None = None,
         clock: Clock | None = None,
+        engine: ExecutionEngine = "jit",
     ) -> None:
         if memory_size < MINIMUM_MEMORY:
             raise MemoryLayoutError(
@@ -109,7 +110,7 @@ class Pc:
                 f"the guest cannot have {memory_size // MIB} MiB of memory, "
                 f"this host has {_host_memory() // MIB}; give it less"
             )
-        self.vm = Vm()
+        self.vm = Vm(engine)
         if clock is not None:
             self.vm.set_clock(clock)
         self._idle = idle or _wait
@@ -190,7 +191,7 @@ class Pc:
         return {
             "executed_blocks": self.vcpu.executed_blocks,
             "guest_nanoseconds": self.vm.clock.now(),
-            **self.vcpu.engine.counters(),
+            **self.vcpu.counters(),
         }
 
     def _turn_when_due(self, deadline: float | None) -> None:
