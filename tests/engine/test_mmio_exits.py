@@ -35,9 +35,9 @@ ROM_CONTENT = 0x1122334455667788
 BLOCKS = 10_000
 
 READS = (
-    "mov rax, [rbx]", "mov al, [rbx]", "mov rax, [rbx]", "movzx eax, word [rbx]", "add rax, [rbx]", "cmp [rbx], eax",
-    "test dword [rbx], 1", "push qword [rbx]", "call [rbx]", "jmp [rbx]", "imul rax, [rbx]", "div dword [rbx]",
-    "bt [rbx], 3", "lodsq", "scasb", "cmpsb", "movsb", "xlatb", "cmovne rax, [rbx]", "mov fs, [rbx]",
+    "mov rax, [rbx]", "mov al, [rbx]", "movzx eax, word [rbx]", "add rax, [rbx]", "cmp [rbx], eax",
+    "test dword [rbx], 1", "push qword [rbx]", "call qword [rbx]", "jmp qword [rbx]", "imul rax, [rbx]", "div dword [rbx]",
+    "bt dword [rbx], 3", "lodsq", "scasb", "cmpsb", "movsb", "xlatb", "cmovne rax, [rbx]", "mov fs, word [rbx]",
     "lar eax, word [rbx]", "fld qword [rbx]", "fld tword [rbx]", "fadd dword [rbx]", "fldcw [rbx]",
     "movups xmm0, [rbx]", "movd xmm0, [rbx]", "addps xmm0, [rbx]", "ldmxcsr [rbx]",
 )  # fmt: skip
@@ -48,7 +48,7 @@ WRITES = (
 #: Their read half comes first; it exits.
 MODIFICATIONS = (
     "add [rbx], rax", "inc dword [rbx]", "lock inc dword [rbx]", "xchg [rbx], rax", "cmpxchg [rbx], rcx", "not byte [rbx]",
-    "lock xadd [rbx], rax", "bts [rbx], 3", "shl dword [rbx], 1", "cmpxchg8b [rbx]", "lock cmpxchg16b [rbx]",
+    "lock xadd [rbx], rax", "bts dword [rbx], 3", "shl dword [rbx], 1", "cmpxchg8b [rbx]", "lock cmpxchg16b [rbx]",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from enum import Enum
 from lasskvm.errors import MemoryLayoutError
 from lasskvm.kvm import (
     Clock,
+    ExecutionEngine,
     HltExit,
     InternalErrorExit,
     IntrExit,
