@@ -40,9 +40,7 @@ def run_demo(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]
     def run(as_documented: bool, *words: str) -> Result:
         module = types.ModuleType("lasskvm.conformance.demo")
 
-        def fake(
-            progress: Callable[[str], None], *, engine: str, forced_emulation: bool
-        ) -> FakeResult:
+        def fake(progress: Callable[[str], None], *, engine: str, forced_emulation: bool) -> FakeResult:
             progress("switching LASS on")
             return FakeResult(ROWS, as_documented)
 

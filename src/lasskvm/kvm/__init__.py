@@ -17,7 +17,7 @@ from lasskvm.kvm.exits import (
     ShutdownExit,
 )
 from lasskvm.kvm.iobus import IrqLine, PortBus, PortDevice
-from lasskvm.kvm.registers import DescriptorTable, Regs, Sregs
+from lasskvm.kvm.structures import DescriptorTable, Regs, Sregs
 from lasskvm.kvm.vcpu import Vcpu
 from lasskvm.kvm.vm import ExecutionEngine, Vm
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 __all__ = [
+    "DebugExit",
     "Exit",
+    "FailEntryExit",
     "HltExit",
     "InternalErrorExit",
     "IntrExit",
     "IoExit",
     "MmioExit",
+    "MsrExit",
     "ShutdownExit",
+    "UnknownExit",
 ]
 
 
@@ -78,4 +82,53 @@ class IntrExit:
     idle_until_ns: int | None = None
 
 
-Exit = IoExit | MmioExit | HltExit | ShutdownExit | InternalErrorExit | IntrExit
+@dataclass(frozen=True)
+class DebugExit:
+    """``KVM_EXIT_DEBUG``: what :meth:`set_guest_debug` asked for has happened at linear address *pc*."""
+
+    exception: int
+    pc: int
+    dr6: int
+    dr7: int
+
+
+@dataclass
+class MsrExit:
+    """``KVM_EXIT_X86_RDMSR`` and ``KVM_EXIT_X86_WRMSR``: an access that the VM's MSR filter denies.
+
+    The caller puts what RDMSR reads into ``data``, or sets ``error`` to have the guest get #GP(0), which it does unless
+    the caller clears it.
+    """
+
+    index: int
+    write: bool
+    data: int
+    error: bool = True
+
+
+@dataclass(frozen=True)
+class FailEntryExit:
+    """``KVM_EXIT_FAIL_ENTRY``: the host's processor refused to run the guest."""
+
+    hardware_entry_failure_reason: int
+
+
+@dataclass(frozen=True)
+class UnknownExit:
+    """An exit of the host's KVM that this program does not know; *reason* is ``KVM_EXIT_*``'s number."""
+
+    reason: int
+
+
+Exit = (
+    IoExit
+    | MmioExit
+    | HltExit
+    | ShutdownExit
+    | InternalErrorExit
+    | IntrExit
+    | DebugExit
+    | MsrExit
+    | FailEntryExit
+    | UnknownExit
+)

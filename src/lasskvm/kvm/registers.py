@@ -1,13 +1,13 @@
-"""``struct kvm_regs`` and ``struct kvm_sregs`` as dataclasses, and their way into the state words."""
+"""``struct kvm_regs`` and ``struct kvm_sregs``: their way into the state words and back."""
 
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 from typing import Any
 
 from lasskvm import state as s
-from lasskvm.state import Segment, VcpuState
+from lasskvm.kvm.structures import DescriptorTable, Regs, Sregs
+from lasskvm.state import VcpuState
 from lasskvm.x86.registers import (
     AR_DPL,
     AR_DPL_SHIFT,
@@ -25,62 +25,7 @@ from lasskvm.x86.registers import (
     TR,
 )
 
-__all__ = ["DescriptorTable", "Regs", "Sregs", "get_regs", "get_sregs", "set_regs", "set_sregs"]
-
-
-@dataclass
-class Regs:
-    """The general-purpose registers, RIP and RFLAGS."""
-
-    rax: int = 0
-    rcx: int = 0
-    rdx: int = 0
-    rbx: int = 0
-    rsp: int = 0
-    rbp: int = 0
-    rsi: int = 0
-    rdi: int = 0
-    r8: int = 0
-    r9: int = 0
-    r10: int = 0
-    r11: int = 0
-    r12: int = 0
-    r13: int = 0
-    r14: int = 0
-    r15: int = 0
-    rip: int = 0
-    rflags: int = 2
-
-
-@dataclass(frozen=True)
-class DescriptorTable:
-    """GDTR or IDTR."""
-
-    base: int
-    limit: int
-
-
-@dataclass
-class Sregs:
-    """Segment, descriptor-table and control registers."""
-
-    cs: Segment
-    ds: Segment
-    es: Segment
-    fs: Segment
-    gs: Segment
-    ss: Segment
-    tr: Segment
-    ldt: Segment
-    gdt: DescriptorTable
-    idt: DescriptorTable
-    cr0: int
-    cr2: int
-    cr3: int
-    cr4: int
-    cr8: int
-    efer: int
-    apic_base: int
+__all__ = ["get_regs", "get_sregs", "set_regs", "set_sregs"]
 
 
 _SEGMENT_FIELDS = {"cs": CS, "ds": DS, "es": ES, "fs": FS, "gs": GS, "ss": SS, "tr": TR, "ldt": LDTR}

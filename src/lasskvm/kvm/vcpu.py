@@ -32,7 +32,7 @@ from lasskvm.kvm.clock import NANOSECONDS_PER_BLOCK, VirtualClock
 from lasskvm.kvm.emulation_required import emulation_required
 from lasskvm.kvm.exit_handlers import handle_exit
 from lasskvm.kvm.exits import Exit, HltExit, InternalErrorExit, IntrExit, IoExit, MmioExit, ShutdownExit
-from lasskvm.kvm.registers import Regs, Sregs
+from lasskvm.kvm.structures import Regs, Sregs
 from lasskvm.state import (
     CR4_ALLOWED,
     EFER_ALLOWED,
@@ -44,6 +44,7 @@ from lasskvm.state import (
     TLB_FLUSH,
     VcpuState,
 )
+from lasskvm.x86.cpu_models import parse_cpu
 from lasskvm.x86.cpuid import (
     FEATURE_WORDS,
     CpuidEntry,
@@ -51,7 +52,6 @@ from lasskvm.x86.cpuid import (
     cr4_allowed,
     efer_allowed,
     feature_word,
-    parse_cpu,
 )
 from lasskvm.x86.exceptions import NMI
 from lasskvm.x86.registers import CR0_PG, CR4_PAE, EFER_LMA, RFLAGS_IF
