@@ -44,6 +44,8 @@ EFER = 24
 #: The four PDPTE registers of PAE paging (SDM 4.4.1), loaded when CR3 is.
 PDPTR0 = 25
 DR0, DR1, DR2, DR3, DR6, DR7 = range(29, 35)
+#: Protection-key rights: the PKRU register for user pages, IA32_PKRS for supervisor pages.
+PKRU, PKRS = range(35, 37)
 
 #: Segment registers ES, CS, SS, DS, FS, GS, LDTR, TR: ``SEGMENTS + SEGMENT_WORDS * number``, then the fields.
 SEGMENTS = 40

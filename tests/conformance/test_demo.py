@@ -9,7 +9,7 @@ import pytest
 from lasskvm.conformance import demo
 from lasskvm.conformance.demo import NOT_REACHED, DemoResult, run_demo
 from lasskvm.conformance.demo_cases import CASES, Observation
-from lasskvm.x86.cpuid import CpuModel, parse_cpu
+from lasskvm.x86.cpu_models import CpuModel, parse_cpu
 
 
 @pytest.fixture(scope="module")

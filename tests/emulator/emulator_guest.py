@@ -33,7 +33,8 @@ from lasskvm.state import (
     VcpuState,
     Words,
 )
-from lasskvm.x86.cpuid import CpuidTable, cr4_allowed, efer_allowed, parse_cpu
+from lasskvm.x86.cpu_models import parse_cpu
+from lasskvm.x86.cpuid import CpuidTable, cr4_allowed, efer_allowed
 from lasskvm.x86.descriptors import (
     SYS_INTERRUPT_GATE,
     TSS64_BYTES,

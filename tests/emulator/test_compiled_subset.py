@@ -10,7 +10,7 @@ import pytest
 from emulator_guest import CODE, DPL3, IDT, KERNEL_CS, MAPPED, PML4, UPPER, USER_CS64, USER_STACK, Guest
 
 import lasskvm.engine.physical  # noqa: F401  (gives compiled code its guest memory)
-from lasskvm.emulator.control import set_cr3
+from lasskvm.emulator.control import set_cr3, set_segment_base
 from lasskvm.emulator.delivery import EXCEPTION, EXTERNAL, SOFTWARE, deliver64
 from lasskvm.emulator.msrs import write_base_msr
 from lasskvm.emulator.syscalls import syscall64, sysenter, sysexit, sysret
@@ -29,7 +29,7 @@ from lasskvm.state import (
 from lasskvm.x86 import msr
 from lasskvm.x86.descriptors import SYS_INTERRUPT_GATE, SYS_TRAP_GATE
 from lasskvm.x86.exceptions import GP, PF, UD
-from lasskvm.x86.registers import AR_P, CR4_PAE, EFER_LMA, EFER_SCE, RFLAGS_AC
+from lasskvm.x86.registers import AR_P, CR4_PAE, CR4_PCIDE, EFER_LMA, EFER_SCE, FS, GS, RFLAGS_AC
 
 Arrange = Callable[[Guest], None]
 
@@ -172,6 +172,21 @@ def test_cr3_writes() -> None:
     assert assert_same(set_cr3, nothing, (1 << 50,), takes_memory=True) == GP
     assert assert_same(set_cr3, pae_paging, (0x10000,), takes_memory=True) == 0
     assert assert_same(set_cr3, pae_paging, (0x11000,), takes_memory=True) == GP
+
+
+def pcids(guest: Guest) -> None:
+    guest.words[CR4] |= CR4_PCIDE
+
+
+def test_cr3_writes_with_pcids() -> None:
+    assert assert_same(set_cr3, pcids, (1 << 63 | PML4 | 5,), takes_memory=True) == 0
+    assert assert_same(set_cr3, pcids, (1 << 62 | PML4,), takes_memory=True) == GP
+
+
+@pytest.mark.parametrize("number", [FS, GS])
+@pytest.mark.parametrize("value", [0x1000, UPPER, 1 << 47])
+def test_fsgsbase_writes(number: int, value: int) -> None:
+    assert_same(set_segment_base, nothing, (number, value), takes_memory=False)
 
 
 @pytest.mark.parametrize("index", [msr.MSR_IA32_FS_BASE, msr.MSR_IA32_KERNEL_GS_BASE, msr.MSR_IA32_LSTAR])

@@ -46,10 +46,10 @@ from lasskvm.x86.registers import (
     CR4_PAE,
     CR4_PCIDE,
     CR4_PGE,
+    CR4_PKE,
     CR4_PSE,
     CR4_SMEP,
     CR4_TSD,
-    CR4_UMIP,
     CS,
     DR6_B0,
     DR6_BD,
@@ -221,6 +221,32 @@ def test_cr3_no_flush_bit_exists_with_pcide_and_is_not_stored(guest: Guest) -> N
     assert guest.words[CR3] == PML4 | 5
 
 
+def test_cr3_no_flush_bit_is_reserved_without_pcide(guest: Guest) -> None:
+    assert vector_of_cr3(guest, 1 << 63 | PML4) == GP
+
+
+@pytest.mark.parametrize("bit", [46, 51, 52, 62])
+def test_cr3_bits_above_maxphyaddr_are_reserved_with_pcide_too(guest: Guest, bit: int) -> None:
+    guest.words[CR4] |= CR4_PCIDE
+    assert vector_of_cr3(guest, 1 << 63 | 1 << bit | PML4) == GP
+
+
+@pytest.mark.parametrize("no_flush", [0, 1 << 63])
+def test_translations_of_the_former_pcid_go_with_and_without_the_no_flush_bit(
+    guest: Guest, no_flush: int
+) -> None:
+    guest.words[CR4] |= CR4_PCIDE
+    assert control.set_cr3(guest.words, guest.memory, no_flush | PML4 | 5) == 0
+    assert guest.words[TLB_FLUSH] == 1
+
+
+def vector_of_cr3(guest: Guest, value: int) -> int:
+    before = guest.snapshot()
+    vector = control.set_cr3(guest.words, guest.memory, value)
+    assert guest.snapshot() == before
+    return vector
+
+
 def test_cr3_write_with_pae_paging_loads_and_checks_the_pdptes(protected: Guest) -> None:
     words = protected.words
     words[CR0] |= CR0_PG
@@ -237,7 +263,7 @@ def test_cr3_write_with_pae_paging_loads_and_checks_the_pdptes(protected: Guest)
 # --------------------------------------------------------------------------------------------------- CR4
 
 
-@pytest.mark.parametrize("bit", [CR4_UMIP, CR4_LA57, CR4_CET, 1 << 15, 1 << 31, 1 << 32, 1 << 63])
+@pytest.mark.parametrize("bit", [CR4_PKE, CR4_LA57, CR4_CET, 1 << 15, 1 << 31, 1 << 32, 1 << 63])
 def test_cr4_bits_without_their_cpuid_feature_are_reserved(guest: Guest, bit: int) -> None:
     assert vector_of(guest, control.set_cr4, guest.memory, guest.words[CR4] | bit) == GP
 
@@ -283,6 +309,21 @@ def test_pcide_needs_ia32e_mode_and_pcid_zero(guest: Guest) -> None:
     guest.words[EFER] |= EFER_LMA
     set_cr4(guest, guest.words[CR4] | CR4_PCIDE)
     assert guest.words[CR4] & CR4_PCIDE
+
+
+def test_pcide_once_set_does_not_hold_the_pcid_at_zero(guest: Guest) -> None:
+    guest.words[CR4] |= CR4_PCIDE
+    guest.words[CR3] = PML4 | 7
+    set_cr4(guest, guest.words[CR4] | CR4_TSD)
+    assert guest.words[CR4] & CR4_PCIDE
+
+
+def test_changing_pcide_asks_for_a_flush(guest: Guest) -> None:
+    set_cr4(guest, guest.words[CR4] | CR4_PCIDE)
+    assert guest.words[TLB_FLUSH] == 1
+    guest.words[TLB_FLUSH] = 0
+    set_cr4(guest, guest.words[CR4] & ~CR4_PCIDE)
+    assert guest.words[TLB_FLUSH] == 1
 
 
 def test_cet_needs_write_protection(guest: Guest) -> None:

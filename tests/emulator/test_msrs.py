@@ -20,7 +20,8 @@ from lasskvm.state import (
     segment_word,
 )
 from lasskvm.x86 import msr
-from lasskvm.x86.cpuid import CpuidTable, parse_cpu
+from lasskvm.x86.cpu_models import parse_cpu
+from lasskvm.x86.cpuid import CpuidTable
 from lasskvm.x86.exceptions import GP
 from lasskvm.x86.registers import CR4_LA57, EFER_LMA, FS, GS
 

@@ -40,7 +40,8 @@ from lasskvm.state import (
     TLB_FLUSH,
     segment_word,
 )
-from lasskvm.x86.cpuid import CpuidTable, parse_cpu
+from lasskvm.x86.cpu_models import parse_cpu
+from lasskvm.x86.cpuid import CpuidTable
 from lasskvm.x86.descriptors import SYS_INTERRUPT_GATE
 from lasskvm.x86.exceptions import BP, DB, ERROR_IDT, GP, OF, PF, PF_U, UD
 from lasskvm.x86.exceptions import SS as STACK_FAULT

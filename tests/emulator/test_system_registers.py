@@ -30,7 +30,8 @@ from lasskvm.state import (
     TSC_AUX,
 )
 from lasskvm.x86 import msr
-from lasskvm.x86.cpuid import CpuidTable, parse_cpu
+from lasskvm.x86.cpu_models import parse_cpu
+from lasskvm.x86.cpuid import CpuidTable
 from lasskvm.x86.exceptions import DB, GP, UD
 from lasskvm.x86.registers import (
     CR0_PE,

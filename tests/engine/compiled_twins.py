@@ -20,10 +20,12 @@ from lasskvm.state import (
     EFER,
     MAXPHYADDR,
     PDPTR0,
+    PKRS,
+    PKRU,
     STATE_WORDS,
     VcpuState,
 )
-from lasskvm.x86.paging import PTE_A, PTE_D, PTE_P, PTE_PS, PTE_U, PTE_W, PTE_XD
+from lasskvm.x86.paging import PTE_A, PTE_D, PTE_KEY_SHIFT, PTE_P, PTE_PS, PTE_U, PTE_W, PTE_XD
 from lasskvm.x86.registers import (
     CR0_PE,
     CR0_PG,
@@ -31,6 +33,8 @@ from lasskvm.x86.registers import (
     CR4_LA57,
     CR4_LASS,
     CR4_PAE,
+    CR4_PKE,
+    CR4_PKS,
     CR4_PSE,
     CR4_SMAP,
     CR4_SMEP,
@@ -113,7 +117,7 @@ def random_entry(rng: random.Random) -> int:
     entry = rng.randrange(MEMORY_BYTES // PAGE_SIZE) * PAGE_SIZE
     for flag in (PTE_P, PTE_P, PTE_W, PTE_U, PTE_A, PTE_D):
         entry |= rng.choice((0, flag, flag))
-    for rare in (PTE_PS, PTE_XD, 1 << 50, 1 << 13):
+    for rare in (PTE_PS, PTE_XD, 1 << 50, 1 << 13, 1 << PTE_KEY_SHIFT):
         entry |= rare * (rng.random() < 0.05)
     return entry
 
@@ -124,7 +128,7 @@ def tables(rng: random.Random) -> bytes:
 
 def random_mode(rng: random.Random) -> dict[int, int]:
     """Control registers for some paging mode, mostly that of 64-bit kernels."""
-    cr4 = sum(bit for bit in (CR4_PSE, CR4_SMEP, CR4_SMAP, CR4_LASS) if rng.random() < 0.5)
+    cr4 = sum(bit for bit in (CR4_PSE, CR4_SMEP, CR4_SMAP, CR4_LASS, CR4_PKE, CR4_PKS) if rng.random() < 0.5)
     efer = rng.choice((0, EFER_NXE))
     kind = rng.choice(("long", "long", "long", "la57", "pae", "32-bit", "none"))
     if kind in ("long", "la57"):
@@ -133,6 +137,7 @@ def random_mode(rng: random.Random) -> dict[int, int]:
         cr4 |= CR4_PAE
     cr0 = CR0_PE | rng.choice((0, CR0_WP)) | (CR0_PG if kind != "none" else 0)
     mode = {CR0: cr0, CR3: 0, CR4: cr4, EFER: efer, MAXPHYADDR: PHYSICAL_BITS}
+    mode |= {PKRU: rng.getrandbits(32) * rng.randrange(2), PKRS: rng.getrandbits(32) * rng.randrange(2)}
     return mode | {PDPTR0 + number: random_entry(rng) & ~PTE_XD for number in range(4)}
 
 

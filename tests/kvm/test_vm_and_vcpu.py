@@ -10,7 +10,7 @@ import pytest
 from lasskvm.errors import LassKvmError, MemoryLayoutError
 from lasskvm.kvm import HltExit, InternalErrorExit, IoExit, Regs, ShutdownExit, Vcpu, Vm
 from lasskvm.state import PDPTR0
-from lasskvm.x86.cpuid import parse_cpu
+from lasskvm.x86.cpu_models import parse_cpu
 from lasskvm.x86.msr import MSR_IA32_EFER, MSR_IA32_LSTAR
 from lasskvm.x86.registers import CR0_PE, CR0_PG, CR4_LASS, CR4_PAE, EFER_LMA, EFER_LME
 

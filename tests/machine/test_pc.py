@@ -11,7 +11,7 @@ from lasskvm.errors import MemoryLayoutError
 from lasskvm.kvm import HostClock
 from lasskvm.machine.boot.entry import prepare_long_mode
 from lasskvm.machine.pc import End, Ending, Pc
-from lasskvm.x86.cpuid import parse_cpu
+from lasskvm.x86.cpu_models import parse_cpu
 
 MIB = 1 << 20
 CODE = 0x100000

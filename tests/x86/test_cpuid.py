@@ -9,19 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lasskvm.errors import CpuFeatureError
+from lasskvm.x86.cpu_models import SUPPORTED, CpuModel, list_models, parse_cpu
 from lasskvm.x86.cpuid import (
     FEATURE_WORDS,
     FEATURES,
     SIGNIFICANT_INDEX,
-    SUPPORTED,
     CpuidEntry,
     CpuidTable,
-    CpuModel,
     cr4_allowed,
     efer_allowed,
     feature_word,
-    list_models,
-    parse_cpu,
 )
 from lasskvm.x86.registers import (
     CR4_FSGSBASE,
@@ -34,8 +31,11 @@ from lasskvm.x86.registers import (
     CR4_OSXSAVE,
     CR4_PAE,
     CR4_PCIDE,
+    CR4_PKE,
+    CR4_PKS,
     CR4_SMAP,
     CR4_SMEP,
+    CR4_UMIP,
     CR4_VMXE,
     EFER_LMA,
     EFER_LME,
@@ -94,6 +94,11 @@ def table(cpu: str) -> CpuidTable:
         ("lm", (0x80000001, 0, EDX, 29)),
         ("nonstop_tsc", (0x80000007, 0, EDX, 8)),
         ("constant_tsc", (0x80000007, 0, EDX, 8)),
+        ("3dnowprefetch", (0x80000001, 0, ECX, 8)),
+        ("wbnoinvd", (0x80000008, 0, EBX, 9)),
+        ("serialize", (7, 0, EDX, 14)),
+        ("cldemote", (7, 0, ECX, 25)),
+        ("pks", (7, 0, ECX, 31)),
     ],
 )
 def test_a_feature_is_where_the_manual_says(name: str, place: tuple[int, int, int, int]) -> None:
@@ -112,8 +117,8 @@ def test_every_feature_bit_fits_its_register() -> None:
 # ----------------------------------------------------------------------------------------------------- models
 
 
-#: Offered when asked for: they make page walks longer, or page clearing slower.
-ON_REQUEST = {"la57", "erms", "fsrm"}
+#: Offered when asked for: they make a guest slower, or no guest can use them yet.
+ON_REQUEST = {"la57", "erms", "fsrm", "serialize", "pku", "pks"}
 
 
 def test_max_offers_lass_and_everything_supported_but_what_slows_a_guest_down() -> None:
@@ -129,6 +134,21 @@ def test_every_listed_model_parses_to_itself() -> None:
 def test_a_model_shows_exactly_its_features() -> None:
     shown = {name for name in FEATURES if table("max").has(name)}
     assert shown - {"constant_tsc", "sse3"} == SUPPORTED - ON_REQUEST
+
+
+@pytest.mark.parametrize("name", ["pcid", "invpcid", "umip", "fsgsbase", "rdpid"])
+def test_max_offers_what_direct_execution_lacks(name: str) -> None:
+    assert table("max").has(name)
+    assert not table(f"max,-{name}").has(name)
+
+
+@pytest.mark.parametrize("name", ["pku", "pks", "serialize"])
+def test_offered_on_request(name: str) -> None:
+    assert table(f"max,+{name}").has(name)
+
+
+def test_features_of_64_bit_mode_go_with_it() -> None:
+    assert not parse_cpu("max,-lm").features & {"lass", "pcid", "fsgsbase"}
 
 
 def test_lass_can_be_hidden() -> None:
@@ -391,6 +411,9 @@ def test_cr4_lass_is_allowed_only_with_lass_in_cpuid() -> None:
         ("fsgsbase", CR4_FSGSBASE),
         ("xsave", CR4_OSXSAVE),
         ("lam", CR4_LAM_SUP),
+        ("umip", CR4_UMIP),
+        ("pku", CR4_PKE),
+        ("pks", CR4_PKS),
     ],
 )
 def test_a_cr4_bit_is_allowed_exactly_with_its_feature(name: str, bit: int) -> None:

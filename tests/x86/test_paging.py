@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lasskvm.lass import FETCH, IMPLICIT, STACK, WRITE
 from lasskvm.memory import GuestMemory
-from lasskvm.x86.exceptions import PF_I, PF_P, PF_RSVD, PF_U, PF_W
+from lasskvm.x86.exceptions import PF_I, PF_P, PF_PK, PF_RSVD, PF_U, PF_W
 from lasskvm.x86.paging import (
     PERM_R,
     PERM_W,
@@ -20,6 +20,7 @@ from lasskvm.x86.paging import (
     PTE_A,
     PTE_D,
     PTE_G,
+    PTE_KEY_SHIFT,
     PTE_P,
     PTE_PS,
     PTE_U,
@@ -34,12 +35,15 @@ from lasskvm.x86.registers import (
     CR0_WP,
     CR4_LA57,
     CR4_PAE,
+    CR4_PKE,
+    CR4_PKS,
     CR4_PSE,
     CR4_SMAP,
     CR4_SMEP,
     EFER_LMA,
     EFER_LME,
     EFER_NXE,
+    MASK32,
 )
 
 MEMORY_BYTES = 1 << 16
@@ -160,6 +164,8 @@ class Tables:
         cr4: int = 0,
         efer: int = EFER_NXE,
         maxphyaddr: int = MAXPHYADDR,
+        pkru: int = 0,
+        pkrs: int = 0,
     ) -> tuple[int, int, int]:
         """Walk for the mapped address; *cr0*, *cr4* and *efer* are what comes on top of the mode's bits."""
         return walk(
@@ -174,6 +180,8 @@ class Tables:
             ac,
             maxphyaddr,
             self.pdpte,
+            pkru,
+            pkrs,
         )
 
 
@@ -206,12 +214,12 @@ def test_the_next_page_is_another_translation(mode: Mode, page_shift: int) -> No
 
 def test_without_paging_a_linear_address_is_a_physical_one() -> None:
     memory = GuestMemory()
-    assert walk(memory, 0x12345678, WRITE, True, CR0_PE, 0, 0, 0, False, MAXPHYADDR, 0) == (
+    assert walk(memory, 0x12345678, WRITE, True, CR0_PE, 0, 0, 0, False, MAXPHYADDR, 0, 0, 0) == (
         0x12345678,
         PERM_R | PERM_W | PERM_X,
         0,
     )
-    assert walk(memory, 0x1_0000_0000, READ, False, 0, 0, 0, 0, False, MAXPHYADDR, 0)[0] == 0
+    assert walk(memory, 0x1_0000_0000, READ, False, 0, 0, 0, 0, False, MAXPHYADDR, 0, 0, 0)[0] == 0
 
 
 def test_without_pse_the_page_size_bit_is_ignored() -> None:
@@ -562,6 +570,111 @@ def test_the_other_bits_of_an_entry_survive_marking() -> None:
     assert tables.get(3) == before | PTE_A | PTE_D
 
 
+# -------------------------------------------------------------------------------------------- protection keys
+
+KEY = 5
+ACCESS_DISABLE, WRITE_DISABLE = 1 << 2 * KEY, 2 << 2 * KEY
+every_ia32e_page = pytest.mark.parametrize(
+    ("mode", "page_shift"),
+    [(mode, shift) for mode, shift in PAGES if mode.efer],
+    ids=[f"{mode.name}-{1 << shift >> 10}K" for mode, shift in PAGES if mode.efer],
+)
+
+
+def keyed(mode: Mode, page_shift: int, *, user_page: bool) -> Tables:
+    """Tables whose page has protection key ``KEY``, is dirty, and belongs to user mode or not."""
+    tables = Tables(mode, page_shift)
+    tables.change(tables.leaf, on=KEY << PTE_KEY_SHIFT | PTE_D, off=0 if user_page else PTE_U)
+    return tables
+
+
+def key_denies(kind: int, user: bool, wp: bool, rights: int) -> bool:
+    """SDM 4.6.2 in words: AD stops data accesses, WD writes, those of the supervisor only with CR0.WP."""
+    if kind == FETCH:
+        return False
+    return bool(rights & ACCESS_DISABLE) or (kind == WRITE and bool(rights & WRITE_DISABLE) and (user or wp))
+
+
+@every_ia32e_page
+def test_keys_of_user_pages_follow_pkru(mode: Mode, page_shift: int) -> None:
+    tables = keyed(mode, page_shift, user_page=True)
+    for kind, user, wp, rights in itertools.product(
+        (READ, WRITE, FETCH), (False, True), (False, True), (0, ACCESS_DISABLE, WRITE_DISABLE)
+    ):
+        _, permissions, code = tables.walk(
+            kind, user=user, cr0=CR0_WP if wp else 0, cr4=CR4_PKE | CR4_PKS, pkru=rights
+        )
+        if key_denies(kind, user, wp, rights):
+            assert (permissions, code) == (0, PF_P | PF_PK | access_bits(kind, user, True))
+        else:
+            assert bool(permissions & PERM_R) == (not key_denies(READ, user, wp, rights))
+            assert bool(permissions & PERM_W) == (not key_denies(WRITE, user, wp, rights))
+            assert permissions & PERM_X
+
+
+@every_ia32e_page
+def test_keys_of_supervisor_pages_follow_pkrs(mode: Mode, page_shift: int) -> None:
+    tables = keyed(mode, page_shift, user_page=False)
+    for kind, wp, rights in itertools.product(
+        (READ, WRITE, FETCH), (False, True), (0, ACCESS_DISABLE, WRITE_DISABLE)
+    ):
+        _, permissions, code = tables.walk(
+            kind, cr0=CR0_WP if wp else 0, cr4=CR4_PKE | CR4_PKS, pkru=MASK32, pkrs=rights
+        )
+        denied = key_denies(kind, False, wp, rights)
+        assert code == (PF_P | PF_PK | access_bits(kind, False, True) if denied else 0)
+        assert bool(permissions) != denied
+
+
+@pytest.mark.parametrize(("user_page", "cr4"), [(True, 0), (True, CR4_PKS), (False, 0), (False, CR4_PKE)])
+def test_keys_mean_nothing_without_their_cr4_bit(user_page: bool, cr4: int) -> None:
+    tables = keyed(FOUR_LEVEL, 12, user_page=user_page)
+    assert tables.walk(WRITE, cr4=cr4, pkru=MASK32, pkrs=MASK32)[1] == PERM_R | PERM_W | PERM_X
+
+
+def test_keys_exist_in_ia32e_mode_only() -> None:
+    """With PAE paging the bits of the key are reserved."""
+    tables = Tables(PAE, 12)
+    tables.change(tables.leaf, on=PTE_D)
+    assert tables.walk(WRITE, cr4=CR4_PKE, pkru=MASK32)[1] == PERM_R | PERM_W | PERM_X
+    tables.change(tables.leaf, on=1 << PTE_KEY_SHIFT)
+    assert tables.walk(WRITE, cr4=CR4_PKE) == (0, 0, PF_P | PF_RSVD | PF_W)
+
+
+def test_rights_of_other_keys_do_not_matter() -> None:
+    tables = keyed(FOUR_LEVEL, 12, user_page=True)
+    others = MASK32 & ~(ACCESS_DISABLE | WRITE_DISABLE)
+    assert tables.walk(WRITE, user=True, cr4=CR4_PKE, pkru=others)[1] & PERM_W
+
+
+def test_the_key_is_that_of_the_entry_that_maps_the_page() -> None:
+    tables = keyed(FOUR_LEVEL, 12, user_page=True)
+    tables.change(0, on=1 << PTE_KEY_SHIFT)
+    assert tables.walk(user=True, cr4=CR4_PKE, pkru=1 << 2)[1] & PERM_R
+    assert tables.walk(user=True, cr4=CR4_PKE, pkru=ACCESS_DISABLE)[2] == PF_P | PF_U | PF_PK
+
+
+def test_a_key_is_reported_beside_another_cause() -> None:
+    """A write to a read-only page whose key denies it too: the error code says so."""
+    tables = keyed(FOUR_LEVEL, 12, user_page=True)
+    tables.change(tables.leaf, off=PTE_W)
+    assert tables.walk(WRITE, user=True, cr4=CR4_PKE, pkru=0)[2] == PF_P | PF_W | PF_U
+    assert tables.walk(WRITE, user=True, cr4=CR4_PKE, pkru=WRITE_DISABLE)[2] == PF_P | PF_W | PF_U | PF_PK
+
+
+def test_an_access_that_a_key_denies_sets_no_bits_in_the_page_entry() -> None:
+    tables = keyed(FOUR_LEVEL, 12, user_page=True)
+    before = tables.get(tables.leaf)
+    assert tables.walk(user=True, cr4=CR4_PKE, pkru=ACCESS_DISABLE)[1] == 0
+    assert tables.get(tables.leaf) == before
+
+
+def test_a_missing_page_has_no_key() -> None:
+    tables = keyed(FOUR_LEVEL, 12, user_page=True)
+    tables.change(tables.leaf, off=PTE_P)
+    assert tables.walk(user=True, cr4=CR4_PKE, pkru=MASK32)[2] == PF_U
+
+
 # ------------------------------------------------------------------------------------------------------ holes
 
 
@@ -629,6 +742,8 @@ controls = st.fixed_dictionaries(
         "ac": st.booleans(),
         "maxphyaddr": st.integers(32, 52),
         "pdpte": entries,
+        "pkru": st.integers(0, MASK32),
+        "pkrs": st.integers(0, MASK32),
     }
 )
 
@@ -657,8 +772,9 @@ def test_whatever_the_tables_hold_a_walk_translates_or_faults(
         assert gpa == 0
         assert bool(code & PF_U) == control["user"]
         assert bool(code & PF_W) == (kind == WRITE)
-        assert code & ~(PF_P | PF_W | PF_U | PF_RSVD | PF_I) == 0
+        assert code & ~(PF_P | PF_W | PF_U | PF_RSVD | PF_I | PF_PK) == 0
         assert not code & PF_RSVD or code & PF_P
+        assert not code & PF_PK or (code & PF_P and not code & PF_RSVD and kind != FETCH)
 
 
 @settings(max_examples=200)

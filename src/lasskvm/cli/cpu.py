@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from lasskvm.x86.cpuid import FEATURES, SUPPORTED, list_models
+from lasskvm.x86.cpu_models import SUPPORTED, list_models
+from lasskvm.x86.cpuid import FEATURES
 
 __all__ = ["LIST", "print_models"]
 

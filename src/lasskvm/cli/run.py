@@ -13,7 +13,7 @@ from lasskvm.cli.cpu import LIST, print_models
 from lasskvm.cli.engine import EngineChoice, EngineOption
 from lasskvm.cli.reporting import STATUS_FAILED, ignore, reports_errors, say
 from lasskvm.errors import ImageError
-from lasskvm.x86.cpuid import parse_cpu
+from lasskvm.x86.cpu_models import parse_cpu
 
 if TYPE_CHECKING:
     from lasskvm.images import Image

@@ -35,7 +35,7 @@ from lasskvm.conformance.demo_kernel import (
 from lasskvm.conformance.layout import DONE_VECTOR, LOW_SUPERVISOR, PageTables
 from lasskvm.kvm import ExecutionEngine, IntrExit, Regs, Vm
 from lasskvm.memory import PAGE_SIZE
-from lasskvm.x86.cpuid import parse_cpu
+from lasskvm.x86.cpu_models import parse_cpu
 from lasskvm.x86.descriptors import make_segment
 from lasskvm.x86.exceptions import GP, SS
 from lasskvm.x86.registers import AR_LDT, CR4_LASS, RFLAGS_FIXED

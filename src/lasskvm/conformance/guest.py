@@ -14,7 +14,7 @@ from lasskvm.conformance import layout
 from lasskvm.conformance.assembler import Assembled, assemble
 from lasskvm.conformance.layout import DONE_VECTOR, PageTables
 from lasskvm.kvm import ExecutionEngine, Exit, HltExit, IntrExit, Regs, Sregs, Vm
-from lasskvm.x86.cpuid import parse_cpu
+from lasskvm.x86.cpu_models import parse_cpu
 from lasskvm.x86.exceptions import has_error_code, vector_name
 from lasskvm.x86.paging import PTE_A, PTE_D
 from lasskvm.x86.registers import CR4_LA57, RFLAGS_FIXED

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from lasskvm.emulator.fpu import Fpu, FpuState
 from lasskvm.emulator.mmio import Mmio
 from lasskvm.emulator.mmu import translate
 from lasskvm.emulator.msrs import MsrFile
@@ -14,10 +15,23 @@ from lasskvm.state import Words
 from lasskvm.x86.cpuid import CpuidTable
 from lasskvm.x86.paging import PhysicalMemory
 
-__all__ = ["Emulation", "Translate"]
+__all__ = ["Emulation", "PortRead", "PortWrite", "Translate"]
 
 #: A function with the parameters and results of :func:`lasskvm.emulator.mmu.translate`.
 Translate = Callable[[Words, PhysicalMemory, int, int, int, int, int], tuple[int, int, int, int]]
+
+#: ``read(port, size)`` gives the value, or None when no device is there.
+PortRead = Callable[[int, int], int | None]
+#: ``write(port, size, value)`` tells whether a device has taken it.
+PortWrite = Callable[[int, int, int], bool]
+
+
+def _no_port_reads(port: int, size: int) -> int | None:
+    return None
+
+
+def _no_port_writes(port: int, size: int, value: int) -> bool:
+    return False
 
 
 @dataclass
@@ -31,7 +45,9 @@ class Emulation:
     at RIP where direct execution has left them; whoever sets it takes it back when RIP moves.
     ``leave_block`` is set when the interpreter must not just go on with the next instruction: code has been stored to,
     or a device accessed. ``forced_emulation`` says whether UD2 with "kvm" behind it is the forced emulation prefix.
-    ``watch_hits`` are the data breakpoints (bits 3:0 as in DR6) that the instruction in progress has met.
+    ``fpu`` has the x87 and SSE registers, which are no state words.
+    ``read_port`` and ``write_port`` ask the VM's own devices; what they do not claim is the VMM's to answer.
+    ``watch_hits`` are the data and I/O breakpoints (bits 3:0 as in DR6) that the instruction in progress has met.
     """
 
     words: Words
@@ -44,6 +60,9 @@ class Emulation:
     prefetched: bytes = b""
     mmio: Mmio = field(default_factory=Mmio)
     tlb: Tlb = field(default_factory=Tlb)
+    fpu: Fpu = field(default_factory=FpuState)
+    read_port: PortRead = _no_port_reads
+    write_port: PortWrite = _no_port_writes
     watch_hits: int = 0
     leave_block: bool = False
     forced_emulation: bool = False

@@ -1,22 +1,23 @@
-"""Writing control and debug registers: every reserved-bit and combination check, and what a write entails.
+"""Writing control and debug registers, PKRU and segment bases: every check, and what a write entails.
 
 A write that may change translations asks direct execution to forget them (``TLB_FLUSH``). Privilege is
 checked by the instruction handlers, except for debug registers, where it comes between two other checks.
 
-:func:`set_cr3` and what it calls are in the compiled subset: a kernel with page-table isolation writes CR3 at
-every entry and exit. The others raise :class:`GuestFault`.
+:func:`set_cr3` and what it calls are in the compiled subset, because a kernel with page-table isolation writes CR3 at
+every entry and exit, and so is :func:`set_segment_base`. The others raise :class:`GuestFault`.
 
-Source: Intel SDM volume 2B, MOV (control registers) and MOV (debug registers); volume 3A, 2.5, 4.4.1, 10.8.5;
-volume 3B, 18.2; KVM's ``kvm_set_cr0()``, ``kvm_set_cr3()``, ``kvm_set_cr4()``, ``set_efer()`` and
+Source: Intel SDM volume 2B, MOV (control registers) and MOV (debug registers); volume 3A, 2.5, 4.4.1, 4.10.4.1 (PCIDs),
+10.8.5; volume 3B, 18.2; KVM's ``kvm_set_cr0()``, ``kvm_set_cr3()``, ``kvm_set_cr4()``, ``set_efer()`` and
 ``kvm_set_dr()``.
 """
 
 from __future__ import annotations
 
 from lasskvm.emulator.faults import debug_trap, general_protection, invalid_opcode
-from lasskvm.emulator.modes import in_64bit_mode
+from lasskvm.emulator.modes import in_64bit_mode, linear_address_bits
 from lasskvm.state import (
     ATTRIBUTES,
+    BASE,
     CPL,
     CR0,
     CR3,
@@ -30,11 +31,15 @@ from lasskvm.state import (
     EFER_ALLOWED,
     MAXPHYADDR,
     PDPTR0,
+    PKRU,
+    SEGMENT_WORDS,
+    SEGMENTS,
     SELECTOR,
     TLB_FLUSH,
     Words,
     segment_word,
 )
+from lasskvm.x86.address import is_canonical
 from lasskvm.x86.exceptions import GP
 from lasskvm.x86.paging import PhysicalMemory, load_physical, pdpte_reserved
 from lasskvm.x86.registers import (
@@ -90,6 +95,8 @@ __all__ = [
     "set_cr8",
     "set_dr",
     "set_efer",
+    "set_pkru",
+    "set_segment_base",
 ]
 
 _CR0_DEFINED = (
@@ -133,7 +140,8 @@ def set_cr3(state: Words, memory: PhysicalMemory, value: int) -> int:
     """MOV to CR3: 0, or #GP's vector (error code 0) with nothing changed.
 
     In IA-32e mode bits from MAXPHYADDR up are reserved; with PAE paging the PDPTE registers are loaded and
-    checked.
+    checked. With CR4.PCIDE, bit 63 of *value* permits to keep translations. They are forgotten nevertheless, as the
+    manual allows: there is one set of them, and it belongs to the current PCID.
     """
     if state[EFER] & EFER_LMA != 0:
         if state[CR4] & CR4_PCIDE != 0:
@@ -234,6 +242,24 @@ def set_cr4(words: Words, memory: PhysicalMemory, value: int) -> None:
         _load_pdptes_or_fault(words, memory)
     words[CR4] = value
     if changed & _CR4_TRANSLATION:
+        words[TLB_FLUSH] = 1
+
+
+def set_segment_base(state: Words, number: int, value: int) -> int:
+    """WRFSBASE and WRGSBASE: 0, or #GP's vector (error code 0) with nothing changed.
+
+    *number* is ``x86.registers.FS`` or ``GS``, *value* the linear address, which has to be canonical.
+    """
+    if not is_canonical(value, linear_address_bits(state)):
+        return GP
+    state[SEGMENTS + SEGMENT_WORDS * number + BASE] = value
+    return 0
+
+
+def set_pkru(words: Words, value: int) -> None:
+    """WRPKRU: the rights of the protection keys of user pages, two bits each."""
+    if words[PKRU] != value:
+        words[PKRU] = value
         words[TLB_FLUSH] = 1
 
 

@@ -12,16 +12,17 @@ Source: Intel SDM volume 3A, 7.12 to 7.14 (procedure calls, error codes, 64-bit 
 (operation).
 """
 
-from lasskvm.emulator.mmu import load_linear, next_linear, store_linear, translate
+from lasskvm.emulator.mmu import next_linear, store_linear, translate
 from lasskvm.emulator.modes import in_ia32e_mode, linear_address_bits
 from lasskvm.emulator.tables import (
     is_null_selector,
     load_descriptor,
+    load_stack_pointer64,
     load_system_pair,
     selector_error_code,
     store_descriptor,
 )
-from lasskvm.lass import IMPLICIT, STACK, WRITE
+from lasskvm.lass import STACK, WRITE
 from lasskvm.state import (
     ATTRIBUTES,
     BASE,
@@ -184,11 +185,7 @@ def deliver64(
         field = TSS64_RSP0 + new_cpl * TSS64_STACK_BYTES
         if ist != 0:
             field = TSS64_IST1 + (ist - 1) * TSS64_STACK_BYTES
-        if field + _WORD_BYTES - 1 > state[_TR + LIMIT]:
-            return INVALID_TSS, selector_error_code(state[_TR + SELECTOR]) | external, 0
-        new_rsp, nested, nested_error, address = load_linear(
-            state, memory, next_linear(state, state[_TR + BASE], field), _WORD_BYTES, IMPLICIT, 0, 0
-        )
+        new_rsp, nested, nested_error, address = load_stack_pointer64(state, memory, field)
         if nested != 0:
             return _nested(nested, nested_error, external, address)
     entry = gate_offset64(gate, gate_high)

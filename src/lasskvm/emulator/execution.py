@@ -12,11 +12,12 @@ from lasskvm.emulator.completion import complete
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.decode import Decoded, fetch_instruction
 from lasskvm.emulator.events import Event, deliver_event
-from lasskvm.emulator.faults import GuestFault, Unhandleable, debug_trap
+from lasskvm.emulator.faults import GuestFault, Unhandleable, debug_trap, invalid_opcode
 from lasskvm.emulator.instructions import BY_CODE, HANDLERS, PLAIN, TRANSFERS
 from lasskvm.emulator.linearize import linear_address
 from lasskvm.emulator.mmu import load_linear
 from lasskvm.emulator.modes import instruction_pointer_mask
+from lasskvm.emulator.offered import as_offered, is_offered
 from lasskvm.emulator.operation import Handler, Operation
 from lasskvm.emulator.watch import instruction_hit
 from lasskvm.lass import FETCH
@@ -56,6 +57,9 @@ def compile_instruction(decoded: Decoded, cpuid: CpuidTable) -> Operation:
     An instruction that this processor does not have becomes one that raises #UD. Raises :class:`Unhandleable` for what
     is not implemented.
     """
+    decoded = as_offered(decoded, cpuid)
+    if not is_offered(decoded, cpuid):
+        return Operation(decoded, _raise_invalid_opcode, is_plain=False)
     instruction = decoded.instruction
     handler = BY_CODE.get(instruction.code)
     mnemonic = instruction.mnemonic
@@ -67,6 +71,10 @@ def compile_instruction(decoded: Decoded, cpuid: CpuidTable) -> Operation:
     if handler is None:
         raise Unhandleable(f'the instruction "{instruction}" is not implemented by the emulator')
     return Operation(decoded, partial(_call, handler, decoded), is_plain=False)
+
+
+def _raise_invalid_opcode(ctx: Emulation) -> None:
+    raise invalid_opcode()
 
 
 def _call(handler: Handler, decoded: Decoded, ctx: Emulation) -> None:

@@ -1,6 +1,6 @@
 """The arithmetic flags of RFLAGS: what results set, and the conditions that branches, CMOVcc and SETcc test.
 
-The functions that ``*_flags()`` make take operands and result of one operation and return CF, PF, AF, ZF, SF and OF,
+The functions that :func:`carry_flags` and :func:`result_flags` make return CF, PF, AF, ZF, SF and OF of one operation,
 ready to be joined with the rest of RFLAGS. What depends on the operand size alone is settled when they are made.
 
 Source: Intel SDM volume 1, 3.4.3.1 (status flags) and appendix B (condition codes).
@@ -14,7 +14,6 @@ from iced_x86 import ConditionCode
 
 from lasskvm.emulator.decode import Decoded
 from lasskvm.x86.registers import (
-    MASK64,
     RFLAGS_AF,
     RFLAGS_ARITHMETIC,
     RFLAGS_CF,
@@ -29,29 +28,29 @@ __all__ = [
     "CONDITIONS",
     "KEPT",
     "PARITY",
+    "SF_BIT",
     "Condition",
-    "addition_flags",
+    "carry_flags",
     "condition_of",
     "result_flags",
-    "subtraction_flags",
 ]
 
 #: Tells from RFLAGS whether a condition holds.
 Condition = Callable[[int], bool]
 
 #: What an instruction that sets all the arithmetic flags leaves of RFLAGS.
-KEPT = MASK64 ^ RFLAGS_ARITHMETIC
+KEPT = ~RFLAGS_ARITHMETIC
 #: PF of a result, by its low byte: set when the number of ones is even.
 PARITY = tuple(0 if byte.bit_count() & 1 else RFLAGS_PF for byte in range(256))
 
 #: CF and OF of a sum, by the carries into its sign bit (bit 0 of the index) and out of it (bit 1): they differ where
-#: the sum overflows as a signed number. The borrows of a difference, taken as a Python integer, go on for ever: -1 and
-#: -2 in place of 3 and 2, which index the same entries.
+#: the sum overflows as a signed number. The borrows of a difference that is negative go on for ever: -1 and -2 in
+#: place of 3 and 2, which index the same entries.
 CARRIES = (0, RFLAGS_OF, RFLAGS_CF | RFLAGS_OF, RFLAGS_CF)
 
 _BYTE = 0xFF
 #: Where SF stands in RFLAGS, and OF from there.
-_SF_BIT = 7
+SF_BIT = 7
 _SF_TO_OF = 4
 
 
@@ -61,7 +60,7 @@ def result_flags(bits: int) -> Callable[[int], int]:
     That is what AND, OR, XOR and TEST set: AF, undefined by the manual, is clear on the processors there are.
     """
     # The sign bit goes to bit 7 of RFLAGS; for bytes it is there already.
-    to_sf = bits - 1 - _SF_BIT
+    to_sf = bits - 1 - SF_BIT
 
     def flags(result: int) -> int:
         if result:
@@ -71,14 +70,15 @@ def result_flags(bits: int) -> Callable[[int], int]:
     return flags
 
 
-def addition_flags(bits: int) -> Callable[[int, int, int], int]:
-    """Makes the function of ``a``, ``b`` and ``total`` that gives the flags of their sum in *bits* bits.
+def carry_flags(bits: int) -> Callable[[int, int, int], int]:
+    """Makes the function of ``a``, ``b`` and ``total`` that gives the flags of a sum or difference in *bits* bits.
 
-    ``total`` is ``a + b``, and 1 more where a carry comes in; it may exceed *bits* bits.
+    ``total`` is ``a + b`` or ``a - b``, with the carry or borrow that came in, as Python has it: it may exceed *bits*
+    bits, or be negative.
     """
     mask = (1 << bits) - 1
     sign = bits - 1
-    to_sf = sign - _SF_BIT
+    to_sf = sign - SF_BIT
 
     def flags(a: int, b: int, total: int) -> int:
         result = total & mask
@@ -91,15 +91,6 @@ def addition_flags(bits: int) -> Callable[[int, int, int], int]:
         )
 
     return flags
-
-
-def subtraction_flags(bits: int) -> Callable[[int, int, int], int]:
-    """Makes the function of ``a``, ``b`` and ``difference`` that gives the flags of ``a - b`` in *bits* bits.
-
-    ``difference`` is ``a - b``, and 1 less where a borrow comes in; it may be negative. A sum and a difference differ
-    in where ``result`` comes from only, so this is the same function.
-    """
-    return addition_flags(bits)
 
 
 def _is_less(rflags: int) -> bool:

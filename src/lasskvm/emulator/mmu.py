@@ -10,7 +10,7 @@ Source: Intel SDM volume 3A, chapter 5 (paging), volume 1, 3.3.7 (canonical), 6.
 """
 
 from lasskvm.lass import FETCH, IMPLICIT, STACK, WRITE, is_lass_violation
-from lasskvm.state import CR0, CR3, CR4, EFER, MAXPHYADDR, PDPTR0, Words
+from lasskvm.state import CR0, CR3, CR4, EFER, MAXPHYADDR, PDPTR0, PKRS, PKRU, Words
 from lasskvm.x86.address import is_canonical
 from lasskvm.x86.exceptions import GP, PF, SS
 from lasskvm.x86.paging import PhysicalMemory, load_physical, store_physical, walk
@@ -62,7 +62,7 @@ def translate(
     pdpte = state[PDPTR0 + ((address >> 30) & 3)]
     gpa, permissions, error_code = walk(
         memory, address, flags & (WRITE | FETCH), user, state[CR0], state[CR3], state[CR4], state[EFER], ac,
-        state[MAXPHYADDR], pdpte,
+        state[MAXPHYADDR], pdpte, state[PKRU], state[PKRS],
     )  # fmt: skip
     if permissions == 0:
         return 0, 0, PF, error_code

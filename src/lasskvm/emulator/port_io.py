@@ -1,4 +1,4 @@
-"""IN, OUT, INS and OUTS, split where the VMM answers: :func:`begin` says what is asked, :func:`finish_element` goes on.
+"""IN, OUT, INS and OUTS, split where the answer comes in: :func:`next_access` asks, :func:`finish_element` goes on.
 
 Permission (IOPL, I/O bitmap) is checked before, by direct execution or the caller.
 Source: Intel SDM volume 2, the four instructions; KVM's ``emulator_pio_in_out()``.
@@ -8,22 +8,53 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from iced_x86 import Mnemonic, OpKind, Register
+from iced_x86 import Mnemonic, OpKind
 
 from lasskvm.emulator.context import Emulation
-from lasskvm.emulator.data_access import load, store
-from lasskvm.emulator.decode import Decoded, effective_address, fetch_instruction
+from lasskvm.emulator.data_access import load, store, touch
+from lasskvm.emulator.decode import (
+    Decoded,
+    MemoryOperand,
+    effective_address,
+    fetch_instruction,
+    register_info,
+)
 from lasskvm.emulator.faults import Unhandleable
 from lasskvm.emulator.operands import read_register, write_register
-from lasskvm.state import RCX, RDI, RDX, RFLAGS, RSI, Words
-from lasskvm.x86.registers import MASK32, MASK64, RFLAGS_DF
+from lasskvm.emulator.string_registers import add_to_register, element_step, is_repeated
+from lasskvm.lass import WRITE
+from lasskvm.state import CR4, DR0, DR7, RCX, RDI, RDX, RSI, Words
+from lasskvm.x86.registers import CR4_DE, DR6_B0
 
-__all__ = ["PortAccess", "PortAccessNeeded", "begin", "finish_element"]
+__all__ = [
+    "PortAccess",
+    "PortAccessNeeded",
+    "begin",
+    "breakpoint_hits",
+    "finish_element",
+    "locate_port",
+    "next_access",
+]
 
 _PORT_MASK = 0xFFFF
-_INS = {Mnemonic.INSB: 1, Mnemonic.INSW: 2, Mnemonic.INSD: 4}
-_OUTS = {Mnemonic.OUTSB: 1, Mnemonic.OUTSW: 2, Mnemonic.OUTSD: 4}
-_ACCUMULATORS = {Register.AL: 1, Register.AX: 2, Register.EAX: 4}
+_BREAKPOINTS = 4
+#: DR7: the enable bits of all breakpoints and of one; where R/W and LEN of breakpoint 0 are; R/W for I/O; lengths.
+_DR7_ENABLED = 0xFF
+_DR7_ENABLE = 3
+_DR7_CONDITIONS = 16
+_DR7_ON_IO = 2
+_DR7_LENGTHS = (1, 2, 8, 4)
+_STRING_SIZES = {
+    Mnemonic.INSB: 1,
+    Mnemonic.INSW: 2,
+    Mnemonic.INSD: 4,
+    Mnemonic.OUTSB: 1,
+    Mnemonic.OUTSW: 2,
+    Mnemonic.OUTSD: 4,
+}
+_OUTPUTS = (Mnemonic.OUT, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD)
+#: The operand that is data; the other one is the port.
+_DATA_OPERANDS = {Mnemonic.IN: 0, Mnemonic.OUT: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +77,44 @@ class PortAccessNeeded(Exception):
 
 
 def begin(ctx: Emulation) -> PortAccess:
-    """The access that the instruction at RIP makes next; reads OUTS's source. Raises :class:`GuestFault`."""
-    decoded = fetch_instruction(ctx)
+    """The access that the instruction at RIP makes next, as :func:`next_access`; for whoever has not decoded it yet."""
+    return next_access(ctx, fetch_instruction(ctx))
+
+
+def locate_port(words: Words, decoded: Decoded) -> tuple[int, int]:
+    """The port that *decoded* accesses and the bytes of one access; :class:`Unhandleable` for other instructions."""
     instruction = decoded.instruction
-    words = ctx.words
     mnemonic = instruction.mnemonic
-    port = words[RDX] & _PORT_MASK
-    if mnemonic in _INS:
-        return PortAccess(decoded, port, _INS[mnemonic], write=False, value=0)
-    if mnemonic in _OUTS:
-        size = _OUTS[mnemonic]
-        source = next(operand for operand in decoded.accesses if operand.reads)
-        value = load(ctx, source.segment, effective_address(words, source), size)
-        return PortAccess(decoded, port, size, write=True, value=value)
-    if mnemonic not in (Mnemonic.IN, Mnemonic.OUT):
+    if mnemonic in _STRING_SIZES:
+        return words[RDX] & _PORT_MASK, _STRING_SIZES[mnemonic]
+    if mnemonic not in _DATA_OPERANDS:
         raise Unhandleable(f"port I/O by {instruction}")
-    write = mnemonic == Mnemonic.OUT
-    port_operand, data_operand = (0, 1) if write else (1, 0)
-    if instruction.op_kind(port_operand) == OpKind.IMMEDIATE8:
-        port = instruction.immediate8
-    accumulator = instruction.op_register(data_operand)
-    value = read_register(words, accumulator) if write else 0
-    return PortAccess(decoded, port, _ACCUMULATORS[accumulator], write, value)
+    data = _DATA_OPERANDS[mnemonic]
+    size = int(register_info(instruction.op_register(data)).size)
+    if instruction.op_kind(1 - data) == OpKind.IMMEDIATE8:
+        return int(instruction.immediate8), size
+    return words[RDX] & _PORT_MASK, size
+
+
+def next_access(ctx: Emulation, decoded: Decoded) -> PortAccess:
+    """The access that *decoded* makes next.
+
+    Reads OUTS's source, and makes sure that INS can store what it will get. Raises :class:`GuestFault`.
+    """
+    words, mnemonic = ctx.words, decoded.instruction.mnemonic
+    port, size = locate_port(words, decoded)
+    write = mnemonic in _OUTPUTS
+    value = 0
+    if mnemonic in _STRING_SIZES:
+        place = _string_operand(decoded, write)
+        offset = effective_address(words, place)
+        if write:
+            value = load(ctx, place.segment, offset, size)
+        else:
+            touch(ctx, place.segment, offset, size, WRITE)
+    elif write:
+        value = read_register(words, decoded.instruction.op_register(_DATA_OPERANDS[mnemonic]))
+    return PortAccess(decoded, port, size, write, value)
 
 
 def finish_element(ctx: Emulation, access: PortAccess, value: int) -> bool:
@@ -82,22 +129,36 @@ def finish_element(ctx: Emulation, access: PortAccess, value: int) -> bool:
         return True
     if mnemonic == Mnemonic.OUT:
         return True
-    # iced-x86 lists the string operand among the accesses; its width is that of the address size.
-    operand = next(operand for operand in decoded.accesses if operand.reads == access.write)
+    operand = _string_operand(decoded, access.write)
     if not access.write:
         store(ctx, operand.segment, effective_address(words, operand), access.size, value)
     mask = operand.address_mask
-    step = -access.size if words[RFLAGS] & RFLAGS_DF else access.size
-    index = RSI if access.write else RDI
-    _step(words, index, step, mask)
-    if not (decoded.instruction.has_rep_prefix or decoded.instruction.has_repne_prefix):
+    add_to_register(words, RSI if access.write else RDI, element_step(words, access.size), mask)
+    if not is_repeated(decoded):
         return True
-    _step(words, RCX, -1, mask)
+    add_to_register(words, RCX, -1, mask)
     return words[RCX] & mask == 0
 
 
-def _step(words: Words, index: int, step: int, mask: int) -> None:
-    """Add *step* to the part of a register that the address size uses; a 32-bit part clears the upper half."""
-    value = words[index] + step & mask
-    kept = 0 if mask == MASK32 else words[index] & (MASK64 ^ mask)
-    words[index] = kept | value
+def breakpoint_hits(words: Words, port: int, size: int) -> int:
+    """The I/O breakpoints that an access of *size* bytes at *port* meets, as bits 3:0 of DR6.
+
+    Source: Intel SDM volume 3B, 18.2.4 (DR7) and 18.3.1.3; they exist while CR4.DE is set.
+    """
+    dr7 = words[DR7]
+    if not dr7 & _DR7_ENABLED or not words[CR4] & CR4_DE:
+        return 0
+    hits = 0
+    for number in range(_BREAKPOINTS):
+        enabled = dr7 >> 2 * number & _DR7_ENABLE
+        condition = dr7 >> _DR7_CONDITIONS + 4 * number
+        length = _DR7_LENGTHS[condition >> 2 & 3]
+        start = words[DR0 + number] & ~(length - 1)
+        if enabled and condition & 3 == _DR7_ON_IO and port < start + length and start < port + size:
+            hits |= DR6_B0 << number
+    return hits
+
+
+def _string_operand(decoded: Decoded, write: bool) -> MemoryOperand:
+    """The memory operand of INS or OUTS: iced-x86 lists it among the accesses, as wide as the address size."""
+    return next(operand for operand in decoded.accesses if operand.reads == write)

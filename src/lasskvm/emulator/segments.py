@@ -1,7 +1,7 @@
 """Loading segment registers, LDTR and TR, with every check on the selector and its descriptor.
 
-CS is not loaded here: it changes only with control transfers. Everything raises :class:`GuestFault` before
-anything has changed, except that the descriptor's accessed bit may be set.
+CS is not checked here: it changes only with control transfers (:mod:`lasskvm.emulator.code_segments`). Everything
+raises :class:`GuestFault` before anything has changed, except that the descriptor's accessed bit may be set.
 
 Source: Intel SDM volume 2A, MOV (operation), LLDT, LTR; volume 3A, 3.4, 6.6 and 6.7; KVM's
 ``__load_segment_descriptor()``.
@@ -68,6 +68,10 @@ from lasskvm.x86.registers import (
     AR_TYPE,
     AR_UNUSABLE,
     AR_WRITABLE,
+    DS,
+    ES,
+    FS,
+    GS,
     LDTR,
     SS,
     TR,
@@ -75,13 +79,19 @@ from lasskvm.x86.registers import (
 
 __all__ = [
     "descriptor_privilege_level",
+    "fetch_descriptor",
     "load_ldtr",
     "load_segment",
     "load_tr",
+    "loaded_segment",
+    "null_privileged_segments",
+    "null_stack_segment",
     "real_mode_segment",
     "segment_from_descriptor",
     "set_accessed",
     "set_segment",
+    "stack_segment",
+    "virtual_8086_segment",
 ]
 
 _DPL = 3
@@ -91,22 +101,72 @@ _PARAGRAPH_SHIFT = 4
 
 def load_segment(words: Words, memory: PhysicalMemory, number: int, selector: int) -> None:
     """Load ES, SS, DS, FS or GS as MOV and POP do, by the rules of the current mode."""
+    set_segment(words, number, loaded_segment(words, memory, number, selector))
+
+
+def loaded_segment(words: Words, memory: PhysicalMemory, number: int, selector: int) -> Segment:
+    """What loading *selector* makes of ES, SS, DS, FS or GS; the register is not changed yet."""
     if not in_protected_mode(words):
-        set_segment(words, number, real_mode_segment(words, number, selector))
-        return
-    if is_null_selector(selector):
-        set_segment(words, number, _null_segment(words, number, selector))
-        return
-    descriptor = _load_descriptor_or_fault(words, memory, selector)
-    attributes = segment_attributes(descriptor)
+        return real_mode_segment(words, number, selector)
     if number == SS:
-        _check_stack_segment(words, selector, attributes)
-    else:
-        _check_data_segment(words, selector, attributes)
+        return stack_segment(words, memory, selector, words[CPL], in_64bit_mode(words))
+    if is_null_selector(selector):
+        return Segment(selector, 0, 0, AR_UNUSABLE)
+    descriptor = fetch_descriptor(words, memory, selector)
+    attributes = segment_attributes(descriptor)
+    _check_data_segment(words, selector, attributes)
     if not attributes & AR_P:
-        raise GuestFault(STACK_FAULT if number == SS else NP, selector_error_code(selector))
-    descriptor = set_accessed(words, memory, selector, descriptor)
-    set_segment(words, number, segment_from_descriptor(selector, descriptor))
+        raise GuestFault(NP, selector_error_code(selector))
+    return segment_from_descriptor(selector, set_accessed(words, memory, selector, descriptor))
+
+
+def stack_segment(
+    words: Words, memory: PhysicalMemory, selector: int, cpl: int, allows_null: bool
+) -> Segment:
+    """What loading *selector* makes of SS at privilege level *cpl*.
+
+    *allows_null* says that 64-bit code will run on it: below CPL 3 it can do without a stack segment.
+    """
+    if is_null_selector(selector):
+        if not allows_null or cpl == _DPL or selector & SELECTOR_RPL != cpl:
+            raise general_protection()
+        return null_stack_segment(cpl)
+    descriptor = fetch_descriptor(words, memory, selector)
+    attributes = segment_attributes(descriptor)
+    _check_stack_segment(selector, attributes, cpl)
+    if not attributes & AR_P:
+        raise GuestFault(STACK_FAULT, selector_error_code(selector))
+    return segment_from_descriptor(selector, set_accessed(words, memory, selector, descriptor))
+
+
+def null_stack_segment(cpl: int) -> Segment:
+    """The SS without a segment that 64-bit code has at privilege level *cpl*, 0 to 2."""
+    return Segment(cpl, 0, 0, AR_UNUSABLE | cpl << AR_DPL_SHIFT)
+
+
+def null_privileged_segments(words: Words) -> None:
+    """Take from a less privileged program, at the new CPL, the data segments that it must not have.
+
+    Null selectors lose their RPL too. What FS and GS have as a base with a null selector stays, as 64-bit software
+    expects.
+    """
+    for number in (ES, DS, FS, GS):
+        first = segment_word(number, SELECTOR)
+        attributes = words[first + ATTRIBUTES]
+        if is_null_selector(words[first]):
+            words[first] = 0
+            words[first + ATTRIBUTES] = attributes | AR_UNUSABLE
+            continue
+        is_conforming_code = attributes & (AR_CODE | AR_CONFORMING) == AR_CODE | AR_CONFORMING
+        if descriptor_privilege_level(attributes) < words[CPL] and not is_conforming_code:
+            set_segment(words, number, Segment(0, 0, 0, AR_UNUSABLE))
+
+
+def fetch_descriptor(words: Words, memory: PhysicalMemory, selector: int) -> int:
+    """The descriptor of *selector*, which is not null; #GP with the selector when it lies outside its table."""
+    descriptor, *fault = load_descriptor(words, memory, selector)
+    raise_linear_fault(*fault)
+    return descriptor
 
 
 def real_mode_segment(words: Words, number: int, selector: int) -> Segment:
@@ -115,11 +175,16 @@ def real_mode_segment(words: Words, number: int, selector: int) -> Segment:
     Real mode changes selector and base only, so limits set in protected mode live on; virtual-8086 mode fixes
     them.
     """
-    base = selector << _PARAGRAPH_SHIFT
     if in_virtual_8086_mode(words):
-        return Segment(selector, base, _MASK16, AR_REAL_MODE | _DPL << AR_DPL_SHIFT)
+        return virtual_8086_segment(selector)
     first = segment_word(number, SELECTOR)
+    base = selector << _PARAGRAPH_SHIFT
     return Segment(selector, base, words[first + LIMIT], words[first + ATTRIBUTES])
+
+
+def virtual_8086_segment(selector: int) -> Segment:
+    """Any segment register with *selector* in virtual-8086 mode."""
+    return Segment(selector, selector << _PARAGRAPH_SHIFT, _MASK16, AR_REAL_MODE | _DPL << AR_DPL_SHIFT)
 
 
 def segment_from_descriptor(selector: int, descriptor: int) -> Segment:
@@ -173,23 +238,7 @@ def load_tr(words: Words, memory: PhysicalMemory, selector: int) -> None:
     set_segment(words, TR, Segment(selector, segment.base, segment.limit, busy))
 
 
-def _load_descriptor_or_fault(words: Words, memory: PhysicalMemory, selector: int) -> int:
-    descriptor, *fault = load_descriptor(words, memory, selector)
-    raise_linear_fault(*fault)
-    return descriptor
-
-
-def _null_segment(words: Words, number: int, selector: int) -> Segment:
-    if number != SS:
-        return Segment(selector, 0, 0, AR_UNUSABLE)
-    cpl = words[CPL]
-    if not in_64bit_mode(words) or cpl == _DPL or selector & SELECTOR_RPL != cpl:
-        raise general_protection()
-    return Segment(selector, 0, 0, AR_UNUSABLE | cpl << AR_DPL_SHIFT)
-
-
-def _check_stack_segment(words: Words, selector: int, attributes: int) -> None:
-    cpl = words[CPL]
+def _check_stack_segment(selector: int, attributes: int, cpl: int) -> None:
     writable_data = attributes & (AR_S | AR_CODE | AR_WRITABLE) == AR_S | AR_WRITABLE
     if selector & SELECTOR_RPL != cpl or not writable_data or descriptor_privilege_level(attributes) != cpl:
         raise general_protection(selector_error_code(selector))

@@ -28,7 +28,16 @@ from lasskvm.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from lasskvm.state import ATTRIBUTES, RSP, Words, segment_word
 from lasskvm.x86.registers import AR_DB, MASK32, MASK64, SS
 
-__all__ = ["Stack", "pusher", "set_stack_pointer", "stack_flags", "stack_mask", "top_loader"]
+__all__ = [
+    "Stack",
+    "pusher",
+    "set_stack_pointer",
+    "set_stack_register",
+    "stack_flags",
+    "stack_loader",
+    "stack_mask",
+    "top_loader",
+]
 
 _SS_ATTRIBUTES = segment_word(SS, ATTRIBUTES)
 _MASK16 = 0xFFFF
@@ -48,9 +57,14 @@ def stack_flags(words: Words) -> int:
 
 def set_stack_pointer(words: Words, pointer: int) -> None:
     """Set the part of RSP that addresses the stack; a 16-bit stack keeps the bits above."""
+    set_stack_register(words, RSP, pointer)
+
+
+def set_stack_register(words: Words, register: int, value: int) -> None:
+    """Set the part of *register* (a state word) that would address the stack: ENTER makes RBP such a register too."""
     mask = stack_mask(words)
-    kept = words[RSP] & (MASK64 ^ mask) if mask == _MASK16 else 0
-    words[RSP] = kept | pointer & mask
+    kept = words[register] & (MASK64 ^ mask) if mask == _MASK16 else 0
+    words[register] = kept | value & mask
 
 
 class Stack:
@@ -145,19 +159,24 @@ def pusher(decoded: Decoded, size: int) -> Callable[[Emulation, int], None]:
 
 def top_loader(decoded: Decoded, size: int) -> Callable[[Emulation], int]:
     """A function that loads the *size* bytes on the top of the stack; RSP stays where it is."""
+    return stack_loader(decoded, size, RSP)
+
+
+def stack_loader(decoded: Decoded, size: int, register: int) -> Callable[[Emulation], int]:
+    """A function that loads *size* bytes from the stack where *register* (a state word) points."""
     if decoded.bits != 64:
-        return lambda ctx: Stack(ctx).peek(size)
+        return lambda ctx: Stack(ctx).load(ctx.words[register], size)
     last_start = PAGE_SIZE - size
 
-    def load_top(ctx: Emulation) -> int:
-        pointer = ctx.words[RSP]
+    def load_flat(ctx: Emulation) -> int:
+        pointer = ctx.words[register]
         page = ctx.tlb.loads.get(pointer >> PAGE_SHIFT)
         if page is None or pointer & PAGE_MASK > last_start:
             return load(ctx, SS, pointer, size, STACK)
         start = pointer + page[1]
         return int.from_bytes(page[0][start : start + size], "little")
 
-    return load_top
+    return load_flat
 
 
 def _push(ctx: Emulation, size: int, value: int) -> None:

@@ -10,15 +10,27 @@ Source: Intel SDM volume 3A, 3.5.1 (descriptor tables), 5.6 (implicit supervisor
 
 from lasskvm.emulator.mmu import load_linear, next_linear, store_linear, translate
 from lasskvm.lass import IMPLICIT
-from lasskvm.state import ATTRIBUTES, BASE, GDT_BASE, GDT_LIMIT, LIMIT, SEGMENT_WORDS, SEGMENTS, Words
+from lasskvm.state import (
+    ATTRIBUTES,
+    BASE,
+    GDT_BASE,
+    GDT_LIMIT,
+    LIMIT,
+    SEGMENT_WORDS,
+    SEGMENTS,
+    SELECTOR,
+    Words,
+)
 from lasskvm.x86.descriptors import DESCRIPTOR_BYTES, SELECTOR_OFFSET, SELECTOR_TI
 from lasskvm.x86.exceptions import GP
+from lasskvm.x86.exceptions import TS as INVALID_TSS
 from lasskvm.x86.paging import PhysicalMemory, load_physical
-from lasskvm.x86.registers import AR_UNUSABLE, LDTR
+from lasskvm.x86.registers import AR_UNUSABLE, LDTR, TR
 
 __all__ = [
     "is_null_selector",
     "load_descriptor",
+    "load_stack_pointer64",
     "load_system",
     "load_system_pair",
     "locate_descriptor",
@@ -27,6 +39,7 @@ __all__ = [
 ]
 
 _LDTR = SEGMENTS + SEGMENT_WORDS * LDTR
+_TR = SEGMENTS + SEGMENT_WORDS * TR
 _PAGE_OFFSET = 0xFFF
 _PAGE_SIZE = 0x1000
 _PAIR_BYTES = 16
@@ -65,6 +78,16 @@ def load_system_pair(state: Words, memory: PhysicalMemory, address: int) -> tupl
     second = next_linear(state, address, _WORD_BYTES)
     high, vector, error_code, fault_address = load_linear(state, memory, second, _WORD_BYTES, IMPLICIT, 0, 0)
     return low, high, vector, error_code, fault_address
+
+
+def load_stack_pointer64(state: Words, memory: PhysicalMemory, field: int) -> tuple[int, int, int, int]:
+    """Load the stack pointer at offset *field* of the 64-bit TSS: ``(rsp, vector, error_code, fault_address)``.
+
+    #TS with the selector of the TSS when it does not reach that far.
+    """
+    if field + _WORD_BYTES - 1 > state[_TR + LIMIT]:
+        return 0, INVALID_TSS, selector_error_code(state[_TR + SELECTOR]), 0
+    return load_system(state, memory, next_linear(state, state[_TR + BASE], field), _WORD_BYTES)
 
 
 def locate_descriptor(state: Words, selector: int, size: int) -> tuple[int, int]:

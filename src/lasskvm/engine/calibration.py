@@ -20,7 +20,7 @@ from lasskvm.state import CR2, DR6, KERNEL_GS_BASE, RFLAGS, Segment, VcpuState
 from lasskvm.x86.msr import MSR_IA32_CSTAR, MSR_IA32_EFER, MSR_IA32_KERNEL_GS_BASE
 from lasskvm.x86.registers import FS, GS, LDTR, TR
 
-__all__ = ["calibrate", "library_function"]
+__all__ = ["calibrate", "library_function", "refusal"]
 
 _MAGIC = 0x5A17_C3D1_1E9B_4000
 #: -1, EXCP_INTERRUPT and EXCP_HLT: an instance that has run nothing, or ended a run.
@@ -31,6 +31,8 @@ _GENERAL_REGISTERS = (
     x86_const.UC_X86_REG_R8, x86_const.UC_X86_REG_R9, x86_const.UC_X86_REG_R10, x86_const.UC_X86_REG_R11,
     x86_const.UC_X86_REG_R12, x86_const.UC_X86_REG_R13, x86_const.UC_X86_REG_R14, x86_const.UC_X86_REG_R15,
 )  # fmt: skip
+_FPU_STACK = tuple(range(x86_const.UC_X86_REG_FP0, x86_const.UC_X86_REG_FP7 + 1))
+_FPU_VECTORS = tuple(range(x86_const.UC_X86_REG_XMM0, x86_const.UC_X86_REG_XMM15 + 1))
 _CPUID_FEATURES, _CPUID_STRUCTURED_FEATURES, _CPUID_EXTENDED_FEATURES = 1, 7, 0x8000_0001
 _MASK16 = 0xFFFF
 _EAX, _EBX, _ECX, _EDX = range(4)
@@ -45,7 +47,7 @@ def library_function(name: str) -> int:
     try:
         return _address(getattr(uclib, f"{name}_x86_64"))
     except AttributeError:
-        raise _refusal(f"the function {name}") from None
+        raise refusal(f"the function {name}") from None
 
 
 def _address(function: object) -> int:
@@ -59,10 +61,11 @@ def calibrate(uc: unicorn.Uc) -> None:
             _require(unicorn.__version__ == private.UNICORN_VERSION)
         _check(uc)
     except _Mismatch as mismatch:
-        raise _refusal(str(mismatch)) from None
+        raise refusal(str(mismatch)) from None
 
 
-def _refusal(field: str) -> HostError:
+def refusal(field: str) -> HostError:
+    """The error for a Unicorn whose *field* is not where it is expected."""
     return HostError(
         f"this Unicorn ({unicorn.__version__}) is not laid out as lasskvm expects ({field} differs); install the wheel "
         f"of the pinned version with: pip install --force-reinstall unicorn=={private.UNICORN_VERSION}"
@@ -96,6 +99,7 @@ def _check(uc: unicorn.Uc) -> None:
     with _checking("CPUClass.tlb_fill"):
         _require(private.tlb_fill(cpu) == library_function("unicorn_fill_tlb"))
     _check_registers(uc, env)
+    _check_fpu(uc, env)
     _check_features(env)
 
 
@@ -142,6 +146,41 @@ def _check_registers(uc: unicorn.Uc, env: int) -> None:
         _require(private.context_of(env - private.CPU_ENV) == _MAGIC)
     for register in _GENERAL_REGISTERS:
         uc.reg_write(register, 0)
+
+
+def _check_fpu(uc: unicorn.Uc, env: int) -> None:
+    """Write x87 and SSE registers through the public API, read the fields, and leave them as they were."""
+    fields = private.fpu_fields(env)
+    values = {
+        **{register: _MAGIC << 64 | register for register in _FPU_VECTORS},
+        **{register: (_MAGIC + register, register) for register in _FPU_STACK},
+        x86_const.UC_X86_REG_FPSW: 0x2A41,
+        x86_const.UC_X86_REG_FPCW: 0x0F7F,
+        x86_const.UC_X86_REG_FPTAG: 0xFF00,
+        x86_const.UC_X86_REG_FOP: 0x123,
+        x86_const.UC_X86_REG_FIP: _MAGIC + 1,
+        x86_const.UC_X86_REG_FDP: _MAGIC + 2,
+        x86_const.UC_X86_REG_MXCSR: 0x5F80,
+    }
+    old = {register: uc.reg_read(register) for register in values}
+    for register, value in values.items():
+        uc.reg_write(register, value)
+    with _checking("CPUX86State.xmm_regs"):
+        for number, register in enumerate(_FPU_VECTORS):
+            _require(bytes(fields.xmm_regs[number][:16]) == (_MAGIC << 64 | register).to_bytes(16, "little"))
+    with _checking("CPUX86State.fpregs"):
+        for number, register in enumerate(_FPU_STACK):
+            expected = (_MAGIC + register).to_bytes(8, "little") + register.to_bytes(2, "little")
+            _require(bytes(fields.fpregs[number][:10]) == expected)
+    with _checking("CPUX86State.fpstt to fptags"):
+        _require((fields.fpstt, fields.fpus & 0xC7FF, fields.fpuc) == (5, 0x241, 0x0F7F))
+        _require(list(fields.fptags) == [0] * 4 + [1] * 4)
+    with _checking("CPUX86State.fpop, fpip, fpdp"):
+        _require((fields.fpop, fields.fpip, fields.fpdp) == (0x123, _MAGIC + 1, _MAGIC + 2))
+    with _checking("CPUX86State.mxcsr"):
+        _require(fields.mxcsr == 0x5F80)
+    for register, value in old.items():
+        uc.reg_write(register, value)
 
 
 def _check_features(env: int) -> None:

@@ -46,6 +46,8 @@ HOST_TIME = 58
 RESULT = 60
 #: The bytes at RIP of an intercepted instruction, two words, and how many of them there are (0: not known).
 INSTRUCTION, INSTRUCTION_BYTES = 116, 118
+#: Whether the guest's CPUID offers RDPID.
+OFFERS_RDPID = 119
 #: Whether to ask for an exit as soon as the guest can take an interrupt.
 WANT_INTERRUPT_WINDOW = 57
 
@@ -65,7 +67,13 @@ COALESCED_BYTES = 4096
 #: No port has this number.
 NO_PORT = 1 << 16
 
-CONTEXT_WORDS = 128
+#: While a block is translated: the translator's own function for one instruction, ``get_page_addr_code_hostp``, and the
+#: linear page of code that was looked at last with its host address.
+FN_TRANSLATE_INSTRUCTION, FN_CODE_PAGE, CODE_PAGE, CODE_HOST = range(128, 132)
+#: No page has this address.
+NO_CODE_PAGE = 1
+
+CONTEXT_WORDS = 136
 
 # ------------------------------------------------------------------------------------------------- exit reasons
 #: The block deadline was reached, or somebody called stop.

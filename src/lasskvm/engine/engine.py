@@ -22,7 +22,7 @@ from lasskvm.engine import context as c
 from lasskvm.engine import entry, fill, hooks, ports, private, timing
 from lasskvm.engine.block_hook import block_hook
 from lasskvm.engine.calibration import calibrate, library_function
-from lasskvm.engine.interpose import skip_dirty_reset
+from lasskvm.engine.interpose import look_at_instructions, skip_dirty_reset
 from lasskvm.errors import HostError
 from lasskvm.memory import PAGE_CODE, PAGE_SHIFT, PAGE_SIZE, SLOT_WORDS, TABLE_FIRST, GuestMemory, Slot
 from lasskvm.state import VcpuState, Words
@@ -42,12 +42,14 @@ _VMCB_MSR_MAP = 0x48
 _TCG_BUFFER_BYTES = 192 << 20
 
 _INTERCEPTED = (
-    c.SVM_EXIT_INTR, c.SVM_EXIT_IDTR_WRITE, c.SVM_EXIT_GDTR_WRITE, c.SVM_EXIT_LDTR_WRITE, c.SVM_EXIT_TR_WRITE,
+    c.SVM_EXIT_INTR, c.SVM_EXIT_IDTR_READ, c.SVM_EXIT_GDTR_READ, c.SVM_EXIT_LDTR_READ, c.SVM_EXIT_TR_READ,
+    c.SVM_EXIT_IDTR_WRITE, c.SVM_EXIT_GDTR_WRITE, c.SVM_EXIT_LDTR_WRITE, c.SVM_EXIT_TR_WRITE,
     c.SVM_EXIT_RDPMC, c.SVM_EXIT_CPUID, c.SVM_EXIT_SWINT, c.SVM_EXIT_INVD, c.SVM_EXIT_HLT, c.SVM_EXIT_INVLPG,
     c.SVM_EXIT_MSR, c.SVM_EXIT_ICEBP, c.SVM_EXIT_WBINVD, c.SVM_EXIT_MONITOR, c.SVM_EXIT_MWAIT, c.SVM_EXIT_XSETBV,
 )  # fmt: skip
 _CR_WRITES = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 8
-_CR_READS = 1 << 8
+#: CR0 is read by SMSW, too; CR4 differs from what the translator has.
+_CR_READS = 1 << 0 | 1 << 4 | 1 << 8
 _ALL_DEBUG_REGISTERS = 0xFF
 
 
@@ -60,7 +62,7 @@ class EngineExit:
     error_code: int = 0
     address: int = 0
     flags: int = 0
-    #: What is known of the bytes at RIP when an instruction was intercepted or accesses a device.
+    #: What is known of the bytes at RIP where an instruction is to be emulated.
     instruction: bytes = b""
 
 
@@ -90,7 +92,6 @@ class Engine:
         self.memory = memory
         self._ports = ports
         self._error: BaseException | None = None
-        self._tuned = False
         #: The device whose output is collected without a call for each byte.
         self.transmitter: Transmitter | None = None
         #: A run ends when the port handlers have been called this often; 0 means no limit.
@@ -140,9 +141,6 @@ class Engine:
         self._offer_coalescing()
         self._enter(self._context_address)
         self._take_coalesced()
-        if not self._tuned:
-            self._tuned = True
-            skip_dirty_reset(fill.tlb_fill.address)
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -156,9 +154,7 @@ class Engine:
         if reason == c.EXIT_STOPPED:
             return _STOPPED
         vector = words[c.EXIT_VECTOR]
-        instruction = b""
-        if reason in (c.EXIT_INTERCEPT, c.EXIT_MMIO):
-            instruction = bytes(self._instruction[: words[c.INSTRUCTION_BYTES]])
+        instruction = bytes(self._instruction[: words[c.INSTRUCTION_BYTES]])
         return EngineExit(
             reason,
             vector,
@@ -238,6 +234,7 @@ class Engine:
         """
         for word, (guest, hidden) in enumerate(zip(features, _EMULATED_FEATURES, strict=True)):
             private.set_feature(self._env, word, self._native_features[word] & guest & ~hidden)
+        self._context_words[c.OFFERS_RDPID] = features[_RDPID_WORD] >> _RDPID_BIT & 1
 
     def counters(self) -> dict[str, int]:
         """How often what happened natively, by name."""
@@ -275,6 +272,8 @@ class Engine:
         private.set_context(self._cpu, self._context_address)
         private.set_no_exit_request(self._handle)
         private.replace_tlb_fill(self._cpu, fill.tlb_fill.address)
+        look_at_instructions(fill.tlb_fill.address)
+        skip_dirty_reset(fill.tlb_fill.address)
         self._hook(unicorn.UC_HOOK_INTR, hooks.on_event.address)
         self._hook(unicorn.UC_HOOK_BLOCK, block_hook())
         for instruction, hook in _INSTRUCTION_HOOKS.items():
@@ -422,6 +421,7 @@ _LIBRARY_FUNCTIONS = {
     c.FN_CC_COMPUTE_ALL: "cpu_cc_compute_all",
     c.FN_UPDATE_DR7: "cpu_x86_update_dr7",
     c.FN_INVALIDATE_RANGE: "tb_invalidate_phys_range",
+    c.FN_CODE_PAGE: "get_page_addr_code_hostp",
 }
 
 _INSTRUCTION_HOOKS = {
@@ -433,8 +433,10 @@ _INSTRUCTION_HOOKS = {
     x86_const.UC_X86_INS_RDTSCP: timing.on_rdtscp,
 }
 
-# Instructions that the translator executes without their memory access (the CLFLUSH family): gated off, so that
-# the #UD lets the emulator execute them.
+# Instructions that the translator executes without their memory access (the CLFLUSH family) or without their checks
+# (WRFSBASE and its like): gated off, so that the #UD lets us execute them.
 _CLFLUSH = 1 << 19
+_FSGSBASE = 1 << 0
 _CLFLUSHOPT_CLWB = 1 << 23 | 1 << 24
-_EMULATED_FEATURES = (_CLFLUSH, 0, _CLFLUSHOPT_CLWB, 0, 0, 0, 0, 0)
+_EMULATED_FEATURES = (_CLFLUSH, 0, _FSGSBASE | _CLFLUSHOPT_CLWB, 0, 0, 0, 0, 0)
+_RDPID_WORD, _RDPID_BIT = 3, 22

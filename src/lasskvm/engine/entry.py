@@ -15,6 +15,7 @@ from lasskvm.engine.context import (
     FN_CC_COMPUTE_ALL,
     FN_EMU_START,
     FN_UPDATE_DR7,
+    INSTRUCTION_BYTES,
     MEMORY,
     RESULT,
     STATE,
@@ -67,6 +68,7 @@ def run(context: int) -> None:
     else:
         clear_interrupt_window(cpu)
     store64(context + 8 * EXIT_REASON, EXIT_STOPPED)
+    store64(context + 8 * INSTRUCTION_BYTES, 0)
     result = _emu_start(load64(context + 8 * FN_EMU_START), load64(context + 8 * UC), state[RIP], 0, 0, 0)
     store64(context + 8 * EMU_RESULT, result)
     save_state(env, state, load64(context + 8 * FN_CC_COMPUTE_ALL))

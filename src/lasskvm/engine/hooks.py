@@ -3,14 +3,14 @@
 :func:`on_event` is Unicorn's interrupt hook. Everything that interrupts direct execution arrives there: SVM-style
 intercepts, exceptions the translator raises, and the memory faults of the fill. The frequent ones are dealt with on the
 spot, by compiled versions of the emulator's own functions on the state words: page faults, system calls, CR3 writes,
-writes of segment-base MSRs. All others end the run with an exit reason for Python.
+segment bases, RDPID. All others end the run with an exit reason for Python.
 """
 
 from typing import Any
 
 from numba import types
 
-from lasskvm.emulator.control import set_cr3
+from lasskvm.emulator.control import set_cr3, set_segment_base
 from lasskvm.emulator.delivery import EXCEPTION, deliver64
 from lasskvm.emulator.mmu import translate
 from lasskvm.emulator.msrs import write_base_msr
@@ -43,6 +43,7 @@ from lasskvm.engine.context import (
     INSTRUCTION,
     INSTRUCTION_BYTES,
     MEMORY,
+    OFFERS_RDPID,
     STATE,
     SVM_EXIT_BASE,
     SVM_EXIT_CR_WRITE,
@@ -56,7 +57,7 @@ from lasskvm.engine.fill import flush_local, forget_stored_code
 from lasskvm.engine.leaving import end_run, leave_instruction
 from lasskvm.engine.native import callback, load64, store64
 from lasskvm.engine.native import words_at as words
-from lasskvm.engine.opcode import TWO_BYTE, opcode_at_rip
+from lasskvm.engine.opcode import TWO_BYTE, begins_with_rep, opcode_at_rip
 from lasskvm.engine.physical import load_physical
 from lasskvm.engine.private import (
     clear_interrupt_window,
@@ -66,6 +67,7 @@ from lasskvm.engine.private import (
     guest_cpl,
     guest_linear_rip,
     guest_rflags,
+    guest_runs_64bit_code,
     load_state,
     save_state,
 )
@@ -73,7 +75,9 @@ from lasskvm.engine.timing import deadline_reached
 from lasskvm.lass import FETCH, IMPLICIT, WRITE
 from lasskvm.memory import TABLE_CODE_STORES
 from lasskvm.state import (
+    BASE,
     CR2,
+    CR4,
     EFER,
     INTERRUPT_SHADOW,
     R8,
@@ -83,13 +87,16 @@ from lasskvm.state import (
     RDX,
     RFLAGS,
     RIP,
+    SEGMENT_WORDS,
+    SEGMENTS,
     STATE_WORDS,
     TLB_FLUSH,
+    TSC_AUX,
     Words,
 )
 from lasskvm.x86.exceptions import DB, PF, UD
-from lasskvm.x86.opcodes import ONE_BYTE_RMW, TWO_BYTE_RMW, is_rmw_opcode
-from lasskvm.x86.registers import EFER_LMA, MASK32, RFLAGS_RF, RFLAGS_TF
+from lasskvm.x86.opcodes import ONE_BYTE_RMW, TWO_BYTE_RMW, has_opcode
+from lasskvm.x86.registers import CR4_FSGSBASE, EFER_LMA, FS, MASK32, MASK64, RFLAGS_RF, RFLAGS_TF
 
 __all__ = ["on_event", "on_syscall", "on_sysenter"]
 
@@ -104,6 +111,12 @@ _OPCODE_WRMSR = TWO_BYTE + 0x30
 _OPCODE_SYSRET = TWO_BYTE + 0x07
 _MODRM_REGISTER_SHIFT = 3
 _CR3_NUMBER = 3
+_MODRM_REGISTER_FORM = 0xC0
+#: 0F AE /0 to /3 with F3 and a register: RDFSBASE, RDGSBASE, WRFSBASE, WRGSBASE; 0F C7 /7: RDPID.
+_OPCODE_FSGSBASE = TWO_BYTE + 0xAE
+_FSGSBASE_LAST, _FSGSBASE_WRITES, _FSGSBASE_GS = 3, 2, 1
+_OPCODE_RDPID = TWO_BYTE + 0xC7
+_RDPID_EXTENSION = 7
 
 _EVENT_EXCEPTION_FIRST = SVM_EXIT_BASE + SVM_EXIT_EXCEPTION
 _EVENT_EXCEPTION_END = SVM_EXIT_BASE + SVM_EXIT_EXCEPTION + 32
@@ -155,6 +168,8 @@ def event(number: int, context: int) -> None:
 
 def _exit_event(context: int, number: int, error_code: int) -> None:
     if number >= _EVENT_EXCEPTION_FIRST and number < _EVENT_EXCEPTION_END:
+        if number == _EVENT_UD:
+            _note_instruction(context)
         end_run(context, EXIT_EXCEPTION, number - _EVENT_EXCEPTION_FIRST, error_code, 0, 0)
     elif number >= SVM_EXIT_BASE:
         _note_instruction(context)
@@ -230,17 +245,30 @@ def _may_modify(context: int, env: int, state: Words) -> bool:
     """Whether the instruction may write what it failed to read, so that the error code must say W=1."""
     opcode, _, _, _ = opcode_at_rip(env, state, load64(context + 8 * MEMORY))
     if opcode >= TWO_BYTE:
-        return is_rmw_opcode(TWO_BYTE_RMW, opcode - TWO_BYTE)
-    return is_rmw_opcode(ONE_BYTE_RMW, opcode)
+        return has_opcode(TWO_BYTE_RMW, opcode - TWO_BYTE)
+    return has_opcode(ONE_BYTE_RMW, opcode)
 
 
 def _frequent_instruction(context: int, env: int, number: int) -> bool:
-    """MOV to CR3, WRMSR of a segment base, and SYSRET in their plain forms; False leaves the instruction to Python."""
+    """MOV to CR3, WRMSR of a segment base, SYSRET, FSGSBASE and RDPID in their plain forms.
+
+    False leaves the instruction to Python.
+    """
     state = words(load64(context + 8 * STATE), STATE_WORDS)
     memory: Any = load64(context + 8 * MEMORY)
-    if state[EFER] & EFER_LMA == 0 or guest_cpl(env) != 0 or guest_rflags(env) & RFLAGS_TF != 0:
+    if state[EFER] & EFER_LMA == 0 or guest_rflags(env) & RFLAGS_TF != 0:
         return False
     opcode, modrm, length, rex = opcode_at_rip(env, state, memory)
+    if number == _EVENT_UD and (opcode == _OPCODE_FSGSBASE or opcode == _OPCODE_RDPID):
+        # F3, REX or not, 0F and the opcode, then a register.
+        plain = (length == 3 and rex == 0) or (length == 4 and rex != 0)
+        if not plain or modrm < _MODRM_REGISTER_FORM or not guest_runs_64bit_code(env):
+            return False
+        return begins_with_rep(env, state, memory) and _register_read_or_base(
+            context, env, state, opcode, modrm, length, rex
+        )
+    if guest_cpl(env) != 0:
+        return False
     if number == _EVENT_CR3_WRITE and opcode == _OPCODE_MOV_TO_CR:
         if (modrm >> _MODRM_REGISTER_SHIFT) & 7 != _CR3_NUMBER or length > 3 or (length == 3 and rex == 0):
             return False
@@ -268,6 +296,34 @@ def _frequent_instruction(context: int, env: int, number: int) -> bool:
         load_state(env, state)
         return True
     return False
+
+
+def _register_read_or_base(
+    context: int, env: int, state: Words, opcode: int, modrm: int, length: int, rex: int
+) -> bool:
+    """RDFSBASE, RDGSBASE, WRFSBASE, WRGSBASE or RDPID, unless it is to fault."""
+    operation = (modrm >> _MODRM_REGISTER_SHIFT) & 7
+    register = (modrm & 7) + R8 * (rex & _REX_B)
+    if opcode == _OPCODE_RDPID:
+        if operation != _RDPID_EXTENSION or load64(context + 8 * OFFERS_RDPID) == 0:
+            return False
+        save_state(env, state, load64(context + 8 * FN_CC_COMPUTE_ALL))
+        state[register] = state[TSC_AUX] & MASK32
+        _complete(env, state, length + 1)
+        return True
+    if operation > _FSGSBASE_LAST or state[CR4] & CR4_FSGSBASE == 0:
+        return False
+    save_state(env, state, load64(context + 8 * FN_CC_COMPUTE_ALL))
+    mask = MASK32
+    if (rex >> _REX_W_SHIFT) & 1 != 0:
+        mask = MASK64
+    segment = FS + (operation & _FSGSBASE_GS)
+    if operation & _FSGSBASE_WRITES == 0:
+        state[register] = state[SEGMENTS + SEGMENT_WORDS * segment + BASE] & mask
+    elif set_segment_base(state, segment, state[register] & mask) != 0:
+        return False
+    _complete(env, state, length + 1)
+    return True
 
 
 def _complete(env: int, state: Words, length: int) -> None:

@@ -9,18 +9,14 @@ from lasskvm.emulator.mmu import load_linear
 from lasskvm.engine.private import guest_cpl, guest_linear_rip, guest_runs_64bit_code
 from lasskvm.lass import FETCH
 from lasskvm.state import Words
+from lasskvm.x86.opcodes import TWO_BYTE, is_prefix, is_rex
 from lasskvm.x86.registers import MASK64
 
-__all__ = ["TWO_BYTE", "opcode_at_rip"]
-
-#: Added to the second byte of opcodes behind 0F.
-TWO_BYTE = 0x100
+__all__ = ["TWO_BYTE", "begins_with_rep", "opcode_at_rip"]
 
 _ESCAPE = 0x0F
 _LONGEST_PREFIXES = 14
-_OPERAND_SIZE, _ADDRESS_SIZE, _LOCK, _REPNE, _REP = 0x66, 0x67, 0xF0, 0xF2, 0xF3
-_SEG_ES, _SEG_CS, _SEG_SS, _SEG_DS, _SEG_FS, _SEG_GS = 0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65
-_REX_FIRST, _REX_LAST = 0x40, 0x4F
+_REP = 0xF3
 
 
 def opcode_at_rip(env: int, state: Words, memory: Any) -> tuple[int, int, int, int]:
@@ -35,9 +31,9 @@ def opcode_at_rip(env: int, state: Words, memory: Any) -> tuple[int, int, int, i
     length = 0
     rex = 0
     byte = _code_byte(state, memory, rip, cpl)
-    while length < _LONGEST_PREFIXES and _is_prefix(byte, code64):
+    while length < _LONGEST_PREFIXES and is_prefix(byte, code64):
         rex = 0
-        if code64 and byte >= _REX_FIRST and byte <= _REX_LAST:
+        if is_rex(byte, code64):
             rex = byte
         length += 1
         byte = _code_byte(state, memory, rip + length, cpl)
@@ -48,13 +44,9 @@ def opcode_at_rip(env: int, state: Words, memory: Any) -> tuple[int, int, int, i
     return byte, _code_byte(state, memory, rip + length, cpl), length, rex
 
 
-def _is_prefix(byte: int, code64: bool) -> bool:
-    return (
-        (code64 and byte >= _REX_FIRST and byte <= _REX_LAST)
-        or byte == _OPERAND_SIZE or byte == _ADDRESS_SIZE or byte == _LOCK or byte == _REPNE or byte == _REP
-        or byte == _SEG_ES or byte == _SEG_CS or byte == _SEG_SS or byte == _SEG_DS
-        or byte == _SEG_FS or byte == _SEG_GS
-    )  # fmt: skip
+def begins_with_rep(env: int, state: Words, memory: Any) -> bool:
+    """Whether the first byte of the instruction at RIP is the prefix F3."""
+    return _code_byte(state, memory, guest_linear_rip(env), guest_cpl(env)) == _REP
 
 
 def _code_byte(state: Words, memory: Any, address: int, cpl: int) -> int:

@@ -9,6 +9,8 @@ All functions are of the compiled subset: they run in Numba code and, in tests, 
 ``uc`` are host addresses, ``state`` is a vCPU's words (:mod:`lasskvm.state`).
 """
 
+import ctypes
+
 from lasskvm.engine.native import (
     foreign_function,
     load8,
@@ -56,6 +58,7 @@ from lasskvm.x86.registers import (
     CR0_PE,
     CR0_TS,
     CR4_OSFXSR,
+    CR4_PKE,
     CR4_SMAP,
     CS,
     DS,
@@ -64,6 +67,7 @@ from lasskvm.x86.registers import (
     ES,
     LDTR,
     MASK32,
+    MASK64,
     RFLAGS_ARITHMETIC,
     RFLAGS_DF,
     RFLAGS_FIXED,
@@ -84,15 +88,21 @@ _CPU_EXCEPTION_INDEX = 33184
 CPU_ENV = 35408
 CPU_TLB_FILL = 42840
 
+# TranslatorOps, a table of functions, and DisasContextBase, a block being translated
+TRANSLATOR_FUNCTIONS, TRANSLATE_INSTRUCTION = 7, 4
+_BLOCK_NEXT = 0x10
+
 # CPUX86State
 _REGS, _EIP, _EFLAGS, _CC_SRC, _CC_OP, _DF = 0x00, 0x80, 0x88, 0x98, 0xA8, 0xAC
 _HFLAGS, _HFLAGS2, _SEGS, _LDT, _TR, _GDT, _IDT = 0xB0, 0xB4, 0xB8, 0x148, 0x160, 0x178, 0x190
 _CR, _EFER, _KERNEL_GS_BASE = 0x1A8, 0x250, 0x1300
 _CSTAR = 0x12F0
+#: Where :func:`context_of` looks.
+CPU_CONTEXT = CPU_ENV + _CSTAR
 _ERROR_CODE, _EXCEPTION_IS_INT, _DR, _OLD_EXCEPTION = 0x1508, 0x150C, 0x1518, 0x1578
 _VM_VMCB, _INTERCEPT, _INTERCEPT_CR_READ, _INTERCEPT_CR_WRITE = 0x1580, 0x1590, 0x1598, 0x159A
 _INTERCEPT_DR_READ, _INTERCEPT_DR_WRITE, _INTERCEPT_EXCEPTIONS = 0x159C, 0x159E, 0x15A0
-_FEATURES = 0x1600
+_FEATURES, _FPU = 0x1600, 0x25C
 #: Words of ``env->features`` in use: CPUID 1 EDX, 1 ECX, 7.0 EBX, 7.0 ECX, 7.0 EDX, 7.1 EAX, 80000001 EDX, ECX.
 FEATURE_WORDS = 8
 
@@ -133,12 +143,12 @@ def cpu_of(uc: int) -> int:
 
 def context_of(cpu: int) -> int:
     """The engine's context, kept where SYSCALL's compatibility-mode target would be: no translated code uses it."""
-    return load64(cpu + CPU_ENV + _CSTAR)
+    return load64(cpu + CPU_CONTEXT)
 
 
 def set_context(cpu: int, context: int) -> None:
     """Set what :func:`context_of` returns."""
-    store64(cpu + CPU_ENV + _CSTAR, context)
+    store64(cpu + CPU_CONTEXT, context)
 
 
 def tlb_fill(cpu: int) -> int:
@@ -164,6 +174,27 @@ def descriptor_tables(env: int) -> tuple[int, int, int, int]:
         load64(env + _IDT + _CACHE_BASE),
         load32(env + _IDT + _CACHE_LIMIT),
     )
+
+
+class FpuFields(ctypes.Structure):
+    """The x87 and SSE registers in CPUX86State, between them the translator's own copies of rounding and masks.
+
+    ``fptags`` are 1 for empty registers; ``fpregs`` has 80 bits for each, ``xmm_regs`` what would be ZMM registers.
+    """
+
+    _pack_ = 1
+    _fields_ = (
+        ("fpstt", ctypes.c_uint32), ("fpus", ctypes.c_uint16), ("fpuc", ctypes.c_uint16),
+        ("fptags", ctypes.c_uint8 * 8), ("_1", ctypes.c_uint32), ("fpregs", ctypes.c_uint8 * 16 * 8),
+        ("fpop", ctypes.c_uint16), ("_2", ctypes.c_uint16 * 3), ("fpip", ctypes.c_uint64),
+        ("fpdp", ctypes.c_uint64), ("_3", ctypes.c_uint64 * 5), ("mxcsr", ctypes.c_uint32), ("_4", ctypes.c_uint32),
+        ("xmm_regs", ctypes.c_uint8 * 64 * 16),
+    )  # fmt: skip
+
+
+def fpu_fields(env: int) -> FpuFields:
+    """The x87 and SSE registers, to read and, but for ``fpuc`` and ``mxcsr``, to write."""
+    return FpuFields.from_address(env + _FPU)
 
 
 def feature(env: int, word: int) -> int:
@@ -260,6 +291,19 @@ def clear_interrupt_window(cpu: int) -> None:
     store32(cpu + _CPU_INTERRUPT_REQUEST, request & (MASK32 ^ _CPU_INTERRUPT_HARD))
 
 
+# ----------------------------------------------------------------------------------------- while code is translated
+
+
+def next_to_translate(block: int) -> int:
+    """The linear address of the instruction to translate next; *block* is a DisasContextBase."""
+    return load64(block + _BLOCK_NEXT)
+
+
+def set_next_to_translate(block: int, address: int) -> None:
+    """Set what :func:`next_to_translate` returns; the block reaches up to there."""
+    store64(block + _BLOCK_NEXT, address)
+
+
 # ------------------------------------------------------------------------------------------------------- set-up
 
 
@@ -352,7 +396,8 @@ def load_state(env: int, state: Words) -> None:
     store64(env + _CR, state[CR0])
     store64(env + _CR + 16, state[CR2])
     store64(env + _CR + 24, state[CR3])
-    store64(env + _CR + 32, state[CR4])
+    # Without PKE the translator's RDPKRU and WRPKRU are #UD, which we take over.
+    store64(env + _CR + 32, state[CR4] & (MASK64 ^ CR4_PKE))
     # SYSCALL, SYSRET, SYSENTER and SYSEXIT are ours: without SCE the translator's SYSRET is #UD, which we take over.
     store64(env + _EFER, state[EFER] & (MASK32 ^ EFER_SCE))
     store64(env + _DR + 48, state[DR6])

@@ -15,6 +15,7 @@ __all__ = [
     "MmioExit",
     "MsrExit",
     "ShutdownExit",
+    "SystemEventExit",
     "UnknownExit",
 ]
 
@@ -114,6 +115,17 @@ class FailEntryExit:
 
 
 @dataclass(frozen=True)
+class SystemEventExit:
+    """``KVM_EXIT_SYSTEM_EVENT``: the guest asked KVM itself for a shutdown or reset, or told it of its crash.
+
+    *type* is ``KVM_SYSTEM_EVENT_*``; *data* what came with it.
+    """
+
+    type: int
+    data: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class UnknownExit:
     """An exit of the host's KVM that this program does not know; *reason* is ``KVM_EXIT_*``'s number."""
 
@@ -130,5 +142,6 @@ Exit = (
     | DebugExit
     | MsrExit
     | FailEntryExit
+    | SystemEventExit
     | UnknownExit
 )

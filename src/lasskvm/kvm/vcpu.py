@@ -27,6 +27,7 @@ from lasskvm.emulator.msrs import MsrFile, guest_tsc, read_msr, write_msr
 from lasskvm.emulator.port_io import PortAccess, PortAccessNeeded
 from lasskvm.engine import context as c
 from lasskvm.engine.engine import Engine
+from lasskvm.engine.fpu_access import FpuAccess
 from lasskvm.kvm import registers
 from lasskvm.kvm.clock import NANOSECONDS_PER_BLOCK, VirtualClock
 from lasskvm.kvm.emulation_required import emulation_required
@@ -113,6 +114,7 @@ class Vcpu:
         self.cpuid = table
         self.emulation = Emulation(words, self.vm.memory, table, MsrFile(table), self.vm.clock.now)
         self.emulation.forced_emulation = self.vm.forced_emulation
+        self.emulation.read_port, self.emulation.write_port = self.vm.ports.read, self.vm.ports.write
         self.interpreter = Interpreter(self.emulation)
         if self._engine is not None:
             self._equip(self._engine)
@@ -127,6 +129,7 @@ class Vcpu:
 
     def _equip(self, engine: Engine) -> None:
         self.emulation.translate = engine.translate
+        self.emulation.fpu = FpuAccess(engine, self.emulation.fpu)
         engine.transmitter = self.vm.transmitter
         engine.set_features(tuple(feature_word(self.cpuid, place) for place in FEATURE_WORDS))
 

@@ -37,7 +37,7 @@ from lasskvm.machine.devices.post_port import PostPort
 from lasskvm.machine.devices.program_status import ProgramStatus
 from lasskvm.machine.devices.rtc import Rtc
 from lasskvm.machine.devices.uart16550 import Uart16550
-from lasskvm.x86.cpuid import CpuModel
+from lasskvm.x86.cpu_models import CpuModel
 
 __all__ = ["End", "Ending", "Pc"]
 

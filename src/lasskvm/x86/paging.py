@@ -4,15 +4,16 @@
 source compiled; so it is written over plain integers, in the compiled subset (``docs/architecture.md``), and
 touches guest memory only through :func:`load_physical` and :func:`store_physical`.
 
-It knows nothing of LASS or canonical addresses: both are judged before paging. Protection keys, shadow stacks
-and EPT are not part of it. 1 GiB pages and PSE-36 exist whatever CPUID says, as on a processor that has them.
+It knows nothing of LASS or canonical addresses: both are judged before paging. Shadow stacks and EPT are not
+part of it. 1 GiB pages and PSE-36 exist whatever CPUID says, as on a processor that has them.
 
 Accessed and dirty bits: an entry that leads to another table gets its accessed bit as soon as it is used,
 even when the walk faults further down; the entry that maps the page gets accessed and dirty bits only when
 the access is allowed. The manual lets processors do either for the former (SDM 4.8) and they do the latter.
 
-Source: Intel SDM volume 3A, chapter 4 (paging), 4.6 (access rights), 4.7 (page faults), 4.8 (accessed and
-dirty flags); KVM's ``walk_addr_generic()`` and ``reset_guest_rsvds_bits_mask()``.
+Source: Intel SDM volume 3A, chapter 4 (paging), 4.6 (access rights and, in 4.6.2, protection keys), 4.7 (page
+faults), 4.8 (accessed and dirty flags); KVM's ``walk_addr_generic()``, ``permission_fault()`` and
+``reset_guest_rsvds_bits_mask()``.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from __future__ import annotations
 from typing import Protocol
 
 from lasskvm.lass import FETCH, WRITE
-from lasskvm.x86.exceptions import PF_I, PF_P, PF_RSVD, PF_U, PF_W
+from lasskvm.x86.exceptions import PF_I, PF_P, PF_PK, PF_RSVD, PF_U, PF_W
 from lasskvm.x86.registers import (
     CR0_PG,
     CR0_WP,
     CR4_LA57,
     CR4_PAE,
     CR4_PGE,
+    CR4_PKE,
+    CR4_PKS,
     CR4_PSE,
     CR4_SMAP,
     CR4_SMEP,
@@ -44,6 +47,7 @@ __all__ = [
     "PTE_A",
     "PTE_D",
     "PTE_G",
+    "PTE_KEY_SHIFT",
     "PTE_P",
     "PTE_PS",
     "PTE_U",
@@ -74,6 +78,8 @@ PTE_A = 1 << 5
 PTE_D = 1 << 6
 PTE_PS = 1 << 7
 PTE_G = 1 << 8
+#: Bits 62:59 of the entry that maps the page, with 4-level and 5-level paging: its protection key.
+PTE_KEY_SHIFT = 59
 PTE_XD = 1 << 63
 
 #: Bits 51:12, the address in an entry or in CR3; MAXPHYADDR decides how many of them exist.
@@ -107,6 +113,11 @@ _PSE36_FIELD = ((1 << 21) - 1) & ~((1 << 13) - 1)
 _PSE36_SHIFT = 19
 _PSE36_ADDRESS_BITS = 40
 _PSE36_RESERVED_END = 1 << 22
+
+# Protection keys: a key selects two bits of PKRU or IA32_PKRS
+_KEYS = 0xF
+_KEY_ACCESS_DISABLE = 1 << 0
+_KEY_WRITE_DISABLE = 1 << 1
 
 
 class PhysicalMemory(Protocol):
@@ -143,13 +154,16 @@ def walk(
     ac: bool,
     maxphyaddr: int,
     pdpte: int,
+    pkru: int,
+    pkrs: int,
 ) -> tuple[int, int, int]:
     """Translate linear *address* for one access: ``(gpa, permissions, error_code)``.
 
     *flags* is ``lass.WRITE``, ``lass.FETCH`` or 0 for a data read; other flags make no difference here.
     *user* says that the access is a user-mode one (CPL 3 and not implicit), *ac* that RFLAGS.AC is set; both
     are False for an implicit access. *maxphyaddr* counts physical address bits (32 to 52). *pdpte* is the
-    PDPTE register that address bits 31:30 select, used by PAE paging only.
+    PDPTE register that address bits 31:30 select, used by PAE paging only. *pkru* and *pkrs* are the rights of
+    protection keys, which CR4.PKE and CR4.PKS put in force.
 
     When the access is allowed, *gpa* is the physical address and *permissions* says what accesses of the same
     kind (same *user*, same *ac*) may do to the page from now on without another walk: ``PERM_W`` is there
@@ -176,7 +190,10 @@ def walk(
     if offset == 0:
         return 0, 0, _error_code(flags, user, cr4, efer, cause)
 
-    permissions = _permissions(rights, user, cr0, cr4, ac)
+    denied = 0
+    if (cr4 & (CR4_PKE | CR4_PKS)) != 0 and (efer & EFER_LMA) != 0:
+        denied = _denied_by_key(entry, rights, user, cr0, cr4, pkru, pkrs)
+    permissions = _permissions(rights, user, cr0, cr4, ac) & (denied ^ _PERM_ALL)
     needed, marked = PERM_R, entry | PTE_A
     if (flags & FETCH) != 0:
         needed = PERM_X
@@ -184,7 +201,10 @@ def walk(
         needed = PERM_W
         marked = entry | PTE_A | PTE_D
     if (permissions & needed) == 0:
-        return 0, 0, _error_code(flags, user, cr4, efer, PF_P)
+        cause = PF_P
+        if (denied & needed) != 0:
+            cause = PF_P | PF_PK
+        return 0, 0, _error_code(flags, user, cr4, efer, cause)
     if marked != entry:
         store_physical(memory, entry_gpa, entry_bytes, marked)
     if (marked & PTE_D) == 0:
@@ -292,8 +312,25 @@ def _permissions(rights: int, user: bool, cr0: int, cr4: int, ac: bool) -> int:
     return permissions
 
 
+def _denied_by_key(entry: int, rights: int, user: bool, cr0: int, cr4: int, pkru: int, pkrs: int) -> int:
+    """The ``PERM_*`` that the protection key in *entry* takes away; fetches know no keys (SDM 4.6.2)."""
+    keys = pkru
+    in_force = cr4 & CR4_PKE
+    if (rights & PTE_U) == 0:
+        keys = pkrs
+        in_force = cr4 & CR4_PKS
+    if in_force == 0:
+        return 0
+    key_rights = keys >> (2 * ((entry >> PTE_KEY_SHIFT) & _KEYS))
+    if (key_rights & _KEY_ACCESS_DISABLE) != 0:
+        return PERM_R | PERM_W
+    if (key_rights & _KEY_WRITE_DISABLE) != 0 and (user or (cr0 & CR0_WP) != 0):
+        return PERM_W
+    return 0
+
+
 def _error_code(flags: int, user: bool, cr4: int, efer: int, cause: int) -> int:
-    """The #PF error code: *cause* (``PF_P``, ``PF_RSVD``) and what the access was (SDM 4.7)."""
+    """The #PF error code: *cause* (``PF_P``, ``PF_RSVD``, ``PF_PK``) and what the access was (SDM 4.7)."""
     error_code = cause
     if user:
         error_code = error_code | PF_U

@@ -6,16 +6,85 @@ MOV of a general-purpose one), :data:`BY_CODE` has the special ones by ``iced_x8
 
 from __future__ import annotations
 
-from lasskvm.emulator.instructions import control, registers, tables
+from lasskvm.emulator.instructions import (
+    arithmetic,
+    bits,
+    bmi,
+    control,
+    decimal,
+    exchange,
+    far_transfers,
+    features,
+    fpu_state,
+    interrupt_return,
+    moves,
+    multiply,
+    near_branches,
+    ports,
+    registers,
+    segment_loads,
+    selectors,
+    shifts,
+    sse_crypto,
+    sse_float,
+    sse_integer,
+    sse_moves,
+    sse_shuffles,
+    sse_strings,
+    stack,
+    status_flags,
+    strings,
+    tables,
+    x87,
+    x87_arithmetic,
+)
 from lasskvm.emulator.operation import Builder, Handler
 
 __all__ = ["BY_CODE", "HANDLERS", "PLAIN", "TRANSFERS"]
 
 #: Instructions that somebody else steps over.
-PLAIN: dict[int, Builder] = {}
+PLAIN: dict[int, Builder] = {
+    **arithmetic.PLAIN,
+    **bits.PLAIN,
+    **bmi.PLAIN,
+    **control.PLAIN,
+    **decimal.PLAIN,
+    **exchange.PLAIN,
+    **features.PLAIN,
+    **fpu_state.PLAIN,
+    **moves.PLAIN,
+    **multiply.PLAIN,
+    **shifts.PLAIN,
+    **sse_crypto.PLAIN,
+    **sse_float.PLAIN,
+    **sse_integer.PLAIN,
+    **sse_moves.PLAIN,
+    **sse_shuffles.PLAIN,
+    **sse_strings.PLAIN,
+    **stack.PLAIN,
+    **status_flags.PLAIN,
+    **x87.PLAIN,
+    **x87_arithmetic.PLAIN,
+}
 #: Instructions that set RIP, compiled.
-TRANSFERS: dict[int, Builder] = {}
+TRANSFERS: dict[int, Builder] = {**near_branches.TRANSFERS, **strings.TRANSFERS}
 #: Instructions that complete themselves.
-HANDLERS: dict[int, Handler] = {**registers.HANDLERS, **tables.HANDLERS, **control.HANDLERS}
+HANDLERS: dict[int, Handler] = {
+    **control.HANDLERS,
+    **far_transfers.HANDLERS,
+    **features.HANDLERS,
+    **interrupt_return.HANDLERS,
+    **ports.HANDLERS,
+    **registers.HANDLERS,
+    **segment_loads.HANDLERS,
+    **selectors.HANDLERS,
+    **stack.HANDLERS,
+    **tables.HANDLERS,
+}
 #: Handlers of single forms, which come before the tables by mnemonic.
-BY_CODE: dict[int, Handler] = {**registers.BY_CODE}
+BY_CODE: dict[int, Handler] = {
+    **far_transfers.BY_CODE,
+    **registers.BY_CODE,
+    **segment_loads.BY_CODE,
+    **strings.BY_CODE,
+}

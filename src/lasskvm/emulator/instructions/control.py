@@ -1,6 +1,4 @@
-"""HLT, caches, MONITOR, INVLPG, software interrupts and the fast system calls.
-
-Each function is a :data:`~lasskvm.emulator.completion.Handler`.
+"""HLT, caches, MONITOR, INVLPG, BOUND, software interrupts and the fast system calls.
 
 Source: Intel SDM volume 2, the instructions by name; KVM's ``kvm_emulate_halt()``, ``kvm_emulate_invlpg()``,
 ``kvm_emulate_mwait()``.
@@ -10,26 +8,26 @@ from __future__ import annotations
 
 from iced_x86 import Code, Mnemonic, Register
 
-from lasskvm.emulator.completion import Handler, complete, next_rip, require_cpl0, trap_if_single_stepping
+from lasskvm.emulator.accessors import memory_loader, operand_bytes, reader
+from lasskvm.emulator.completion import complete, next_rip, require_cpl0, trap_if_single_stepping
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.data_access import load
 from lasskvm.emulator.decode import SEGMENT_NUMBERS, Decoded
 from lasskvm.emulator.events import Event, EventKind, deliver_event
-from lasskvm.emulator.faults import GuestFault, Unhandleable, general_protection, invalid_opcode
-from lasskvm.emulator.modes import in_virtual_8086_mode
+from lasskvm.emulator.faults import GuestFault, general_protection, invalid_opcode
 from lasskvm.emulator.operands import load_memory_operand, read_register
+from lasskvm.emulator.operation import Builder, Executor, Handler
 from lasskvm.emulator.syscalls import syscall64, sysenter, sysexit, sysret
-from lasskvm.state import CPL, CR4, RCX, RFLAGS, TLB_FLUSH
-from lasskvm.x86.exceptions import BP, DB, GP, OF
+from lasskvm.emulator.virtual_8086 import check_iopl_sensitive
+from lasskvm.state import CPL, RCX, RFLAGS, TLB_FLUSH
+from lasskvm.x86.exceptions import BP, BR, DB, GP, OF
 from lasskvm.x86.registers import (
-    CR4_VME,
     DS,
     MASK32,
-    RFLAGS_IOPL,
     RFLAGS_OF,
 )
 
-__all__ = ["HANDLERS"]
+__all__ = ["HANDLERS", "PLAIN"]
 
 #: MWAIT's extension "treat interrupts as break events even if masked".
 _MWAIT_INTERRUPT_BREAK = 1 << 0
@@ -38,11 +36,6 @@ _MONITOR_ADDRESSES: dict[int, int] = {
     Code.MONITORQ: Register.RAX,
     Code.MONITORD: Register.EAX,
     Code.MONITORW: Register.AX,
-}
-_CACHE_LINE_FEATURES = {
-    Mnemonic.CLFLUSH: "clflush",
-    Mnemonic.CLFLUSHOPT: "clflushopt",
-    Mnemonic.CLWB: "clwb",
 }
 
 
@@ -54,7 +47,7 @@ def _hlt(ctx: Emulation, decoded: Decoded) -> None:
 
 
 def _invalidate_caches(ctx: Emulation, decoded: Decoded) -> None:
-    """INVD and WBINVD: there are no caches to write back."""
+    """INVD, WBINVD and WBNOINVD: there are no caches to write back."""
     require_cpl0(ctx.words)
     complete(ctx, decoded)
 
@@ -68,8 +61,6 @@ def _invlpg(ctx: Emulation, decoded: Decoded) -> None:
 
 def _flush_cache_line(ctx: Emulation, decoded: Decoded) -> None:
     """CLFLUSH, CLFLUSHOPT and CLWB are data reads of one byte, to paging as well as to LASS."""
-    if not ctx.cpuid.has(_CACHE_LINE_FEATURES[decoded.instruction.mnemonic]):
-        raise invalid_opcode()
     load_memory_operand(ctx, decoded, 1)
     complete(ctx, decoded)
 
@@ -77,7 +68,7 @@ def _flush_cache_line(ctx: Emulation, decoded: Decoded) -> None:
 def _monitor(ctx: Emulation, decoded: Decoded) -> None:
     """MONITOR reads one byte at DS:RAX, or through the overriding segment; what it arms nobody triggers."""
     words, instruction = ctx.words, decoded.instruction
-    if words[CPL] or not ctx.cpuid.has("monitor"):
+    if words[CPL]:
         raise invalid_opcode()
     if words[RCX] & MASK32:
         raise general_protection()
@@ -89,7 +80,7 @@ def _monitor(ctx: Emulation, decoded: Decoded) -> None:
 def _mwait(ctx: Emulation, decoded: Decoded) -> None:
     """MWAIT may return at any time, and does so at once."""
     words = ctx.words
-    if words[CPL] or not ctx.cpuid.has("monitor"):
+    if words[CPL]:
         raise invalid_opcode()
     if words[RCX] & MASK32 & ~_MWAIT_INTERRUPT_BREAK:
         raise general_protection()
@@ -97,12 +88,8 @@ def _mwait(ctx: Emulation, decoded: Decoded) -> None:
 
 
 def _int(ctx: Emulation, decoded: Decoded) -> None:
-    """INT n. In virtual-8086 mode it needs IOPL 3 (SDM volume 3A, 21.2.5)."""
-    words = ctx.words
-    if in_virtual_8086_mode(words) and words[RFLAGS] & RFLAGS_IOPL != RFLAGS_IOPL:
-        if words[CR4] & CR4_VME:
-            raise Unhandleable("INT n with CR4.VME: interrupt redirection is not implemented")
-        raise general_protection()
+    """INT n. In virtual-8086 mode it needs IOPL 3."""
+    check_iopl_sensitive(ctx.words, "INT n")
     _deliver_software_event(ctx, decoded, decoded.instruction.immediate8, EventKind.SOFTWARE)
 
 
@@ -120,6 +107,23 @@ def _into(ctx: Emulation, decoded: Decoded) -> None:
 def _int1(ctx: Emulation, decoded: Decoded) -> None:
     """INT1 delivers #DB without the gate's DPL check, and leaves DR6 alone."""
     _deliver_software_event(ctx, decoded, DB, EventKind.EXCEPTION)
+
+
+def _bound(decoded: Decoded) -> Executor:
+    """BOUND: #BR when the signed index lies outside the two bounds in memory. Not in 64-bit mode."""
+    size = operand_bytes(decoded, 0)
+    index_of, load_bounds = reader(decoded, 0), memory_loader(decoded, 2 * size)
+    bits = 8 * size
+    sign, mask = 1 << bits - 1, (1 << bits) - 1
+
+    def execute(ctx: Emulation) -> None:
+        bounds = load_bounds(ctx)
+        # Flipping the sign bits turns the signed comparison into an unsigned one.
+        index, lower, upper = index_of(ctx) ^ sign, bounds & mask ^ sign, bounds >> bits ^ sign
+        if not lower <= index <= upper:
+            raise GuestFault(BR)
+
+    return execute
 
 
 def _deliver_software_event(ctx: Emulation, decoded: Decoded, vector: int, kind: EventKind) -> None:
@@ -157,6 +161,7 @@ HANDLERS: dict[int, Handler] = {
     Mnemonic.HLT: _hlt,
     Mnemonic.INVD: _invalidate_caches,
     Mnemonic.WBINVD: _invalidate_caches,
+    Mnemonic.WBNOINVD: _invalidate_caches,
     Mnemonic.INVLPG: _invlpg,
     Mnemonic.CLFLUSH: _flush_cache_line,
     Mnemonic.CLFLUSHOPT: _flush_cache_line,
@@ -174,3 +179,6 @@ HANDLERS: dict[int, Handler] = {
     Mnemonic.SYSEXIT: _sysexit,
     Mnemonic.SYSEXITQ: _sysexit,
 }
+
+#: Plain instructions, by ``iced_x86.Mnemonic``.
+PLAIN: dict[int, Builder] = {Mnemonic.BOUND: _bound}

@@ -35,6 +35,7 @@ from lasskvm.state import (
     RCX,
     RDX,
     TSC_AUX,
+    XCR0,
     Words,
 )
 from lasskvm.x86.msr import APIC_BASE_ENABLE
@@ -136,8 +137,6 @@ def _rdtsc(ctx: Emulation, decoded: Decoded) -> None:
 
 
 def _rdtscp(ctx: Emulation, decoded: Decoded) -> None:
-    if not ctx.cpuid.has("rdtscp"):
-        raise invalid_opcode()
     _check_time_stamp_disable(ctx.words)
     _write_edx_eax(ctx.words, guest_tsc(ctx))
     ctx.words[RCX] = ctx.words[TSC_AUX] & MASK32
@@ -168,8 +167,19 @@ def _cpuid(ctx: Emulation, decoded: Decoded) -> None:
     complete(ctx, decoded)
 
 
-def _xsetbv(ctx: Emulation, decoded: Decoded) -> None:
+def _xgetbv(ctx: Emulation, decoded: Decoded) -> None:
     """#UD while CR4.OSXSAVE is clear, which it is as long as CPUID does not have XSAVE."""
+    words = ctx.words
+    if not words[CR4] & CR4_OSXSAVE:
+        raise invalid_opcode()
+    if words[RCX] & MASK32:
+        raise general_protection()
+    _write_edx_eax(words, words[XCR0])
+    complete(ctx, decoded)
+
+
+def _xsetbv(ctx: Emulation, decoded: Decoded) -> None:
+    """Likewise."""
     if not ctx.words[CR4] & CR4_OSXSAVE:
         raise invalid_opcode()
     raise Unhandleable("XSETBV: extended state is not virtualized")
@@ -190,6 +200,7 @@ HANDLERS: dict[int, Handler] = {
     Mnemonic.RDTSCP: _rdtscp,
     Mnemonic.RDPMC: _rdpmc,
     Mnemonic.CPUID: _cpuid,
+    Mnemonic.XGETBV: _xgetbv,
     Mnemonic.XSETBV: _xsetbv,
 }
 

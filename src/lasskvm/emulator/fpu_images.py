@@ -1,0 +1,163 @@
+"""How x87 and SSE registers lie in memory: FXSAVE images, and the x87 environment of FNSTENV and FNSAVE.
+
+Pure functions between an :class:`~lasskvm.emulator.fpu.Fpu` and bytes. Selectors of the last instruction and its
+operand are stored as zeros, and reserved places too, which is what direct execution stores.
+
+Source: Intel SDM volume 1, 8.1.10 (figures 8-9 to 8-12) and 10.5.1 (FXSAVE area).
+"""
+
+from __future__ import annotations
+
+import struct
+
+from lasskvm.emulator.fpu import (
+    X87_REGISTERS,
+    XMM_REGISTERS,
+    Fpu,
+    abridged_tags,
+    full_tag_word,
+    set_control_word,
+    set_status_word,
+    status_word,
+)
+from lasskvm.x86.fpu import FOP_MASK, MXCSR_WRITABLE
+from lasskvm.x86.registers import MASK32, MASK64
+
+__all__ = [
+    "FXSAVE_BYTES",
+    "FXSAVE_MXCSR",
+    "FXSAVE_REGISTERS",
+    "FXSAVE_XMM",
+    "environment_bytes",
+    "environment_image",
+    "fxsave_image",
+    "image_mxcsr",
+    "load_environment",
+    "load_fxsave_image",
+    "load_stack_image",
+    "stack_image",
+]
+
+#: The size of the area, and where in it MXCSR, ST(0) and XMM0 are.
+FXSAVE_BYTES = 512
+FXSAVE_MXCSR = 24
+FXSAVE_REGISTERS = 32
+FXSAVE_XMM = 160
+_REGISTER_SPACING = 16
+_REGISTER_BYTES = 10
+_XMM_BYTES = 16
+#: FCW, FSW, FTW (abridged), FOP, FIP and FDP (64 bits each), MXCSR, MXCSR_MASK.
+_FXSAVE_HEADER = struct.Struct("<HHBxHQQII")
+
+#: Environments: seven fields of four or of two bytes.
+_ENVIRONMENTS = {4: struct.Struct("<7I"), 2: struct.Struct("<7H")}
+_MASK16 = 0xFFFF
+_OPCODE_SHIFT = 16
+#: In real-mode formats, address bits 16 and up stand from bit 12 on.
+_REAL_MODE_SHIFT = 12
+_REAL_MODE_UPPER = {4: _MASK16, 2: 0xF}
+
+
+def fxsave_image(fpu: Fpu, *, wide_pointers: bool, xmm_registers: int = XMM_REGISTERS) -> bytes:
+    """The part of an FXSAVE image that is written, from its start: everything up to the last XMM register.
+
+    *wide_pointers* stores instruction and operand pointer in 64 bits (FXSAVE64), otherwise offsets in 32.
+    """
+    pointer_mask = MASK64 if wide_pointers else MASK32
+    pieces = [
+        _FXSAVE_HEADER.pack(
+            fpu.fcw, status_word(fpu), fpu.ftw, fpu.fop, fpu.fip & pointer_mask, fpu.fdp & pointer_mask, fpu.mxcsr,
+            MXCSR_WRITABLE,
+        )
+    ]  # fmt: skip
+    for number in _stack_order(fpu):
+        pieces.append(fpu.registers[number].to_bytes(_REGISTER_SPACING, "little"))
+    for number in range(xmm_registers):
+        pieces.append(fpu.xmm[number].to_bytes(_XMM_BYTES, "little"))
+    return b"".join(pieces)
+
+
+def image_mxcsr(image: bytes) -> int:
+    """The MXCSR in an FXSAVE image."""
+    return int.from_bytes(image[FXSAVE_MXCSR : FXSAVE_MXCSR + 4], "little")
+
+
+def load_fxsave_image(
+    fpu: Fpu,
+    image: bytes,
+    *,
+    wide_pointers: bool,
+    xmm_registers: int = XMM_REGISTERS,
+    with_mxcsr: bool = True,
+) -> None:
+    """Load the registers from an FXSAVE image whose MXCSR has been checked."""
+    pointer_mask = MASK64 if wide_pointers else MASK32
+    fcw, fsw, ftw, fop, fip, fdp, mxcsr, _ = _FXSAVE_HEADER.unpack_from(image)
+    set_control_word(fpu, fcw)
+    set_status_word(fpu, fsw)
+    fpu.ftw, fpu.fop = ftw, fop & FOP_MASK
+    fpu.fip, fpu.fdp = fip & pointer_mask, fdp & pointer_mask
+    if with_mxcsr:
+        fpu.mxcsr = mxcsr
+    for place, number in enumerate(_stack_order(fpu)):
+        start = FXSAVE_REGISTERS + _REGISTER_SPACING * place
+        fpu.registers[number] = int.from_bytes(image[start : start + _REGISTER_BYTES], "little")
+    for number in range(xmm_registers):
+        start = FXSAVE_XMM + _XMM_BYTES * number
+        fpu.xmm[number] = int.from_bytes(image[start : start + _XMM_BYTES], "little")
+
+
+def environment_bytes(width: int) -> int:
+    """The size of an x87 environment with fields of *width* bytes, 4 or 2: 28 or 14."""
+    return _ENVIRONMENTS[width].size
+
+
+def environment_image(fpu: Fpu, width: int, *, real_mode: bool) -> bytes:
+    """The x87 environment with fields of *width* bytes; *real_mode* is the format of real and virtual-8086 mode."""
+    if real_mode:
+        upper = _REAL_MODE_UPPER[width]
+        pointers = (
+            fpu.fip & _MASK16,
+            (fpu.fip >> 16 & upper) << _REAL_MODE_SHIFT | fpu.fop,
+            fpu.fdp & _MASK16,
+            (fpu.fdp >> 16 & upper) << _REAL_MODE_SHIFT,
+        )
+    elif width == 4:
+        pointers = (fpu.fip & MASK32, fpu.fop << _OPCODE_SHIFT, fpu.fdp & MASK32, 0)
+    else:
+        pointers = (fpu.fip & _MASK16, 0, fpu.fdp & _MASK16, 0)
+    return _ENVIRONMENTS[width].pack(fpu.fcw, status_word(fpu), full_tag_word(fpu), *pointers)
+
+
+def load_environment(fpu: Fpu, image: bytes, width: int, *, real_mode: bool) -> None:
+    """Load the x87 environment; the inverse of :func:`environment_image`."""
+    fcw, fsw, tags, fip, fip_upper, fdp, fdp_upper = _ENVIRONMENTS[width].unpack_from(image)
+    set_control_word(fpu, fcw & _MASK16)
+    set_status_word(fpu, fsw & _MASK16)
+    fpu.ftw = abridged_tags(tags)
+    fpu.fop = 0
+    if real_mode:
+        upper = _REAL_MODE_UPPER[width]
+        fpu.fop = fip_upper & FOP_MASK
+        fip = fip & _MASK16 | (fip_upper >> _REAL_MODE_SHIFT & upper) << 16
+        fdp = fdp & _MASK16 | (fdp_upper >> _REAL_MODE_SHIFT & upper) << 16
+    elif width == 4:
+        fpu.fop = fip_upper >> _OPCODE_SHIFT & FOP_MASK
+    fpu.fip, fpu.fdp = fip, fdp
+
+
+def stack_image(fpu: Fpu) -> bytes:
+    """ST(0) to ST(7) as FNSAVE stores them behind the environment: ten bytes each."""
+    return b"".join(fpu.registers[number].to_bytes(_REGISTER_BYTES, "little") for number in _stack_order(fpu))
+
+
+def load_stack_image(fpu: Fpu, image: bytes) -> None:
+    """The inverse of :func:`stack_image`; TOP must have been loaded."""
+    for place, number in enumerate(_stack_order(fpu)):
+        start = _REGISTER_BYTES * place
+        fpu.registers[number] = int.from_bytes(image[start : start + _REGISTER_BYTES], "little")
+
+
+def _stack_order(fpu: Fpu) -> list[int]:
+    """The physical numbers of ST(0) to ST(7)."""
+    return [(fpu.top + place) % X87_REGISTERS for place in range(X87_REGISTERS)]

@@ -1,0 +1,282 @@
+"""What is kept from the translator: instructions that it gets wrong go to the emulator.
+
+:func:`translate_instruction` is called in place of the translator's own function for one instruction. It looks at
+prefixes, opcode and ModRM byte, which a decoder of that instruction reads in any case, so that no fetch faults that
+would not have. Nearly every instruction then goes on to the translator. For those of :func:`is_left_to_emulator` it is
+shown an undefined opcode instead: the guest's #UD there ends the run (``EXIT_EXCEPTION``), with RIP on the instruction,
+and the exit handler emulates what is really there.
+"""
+
+from numba import types
+
+from lasskvm.engine.context import CODE_HOST, CODE_PAGE, FN_CODE_PAGE, FN_TRANSLATE_INSTRUCTION
+from lasskvm.engine.native import callback, foreign_function, load8, load64, store8, store64
+from lasskvm.engine.private import (
+    CPU_ENV,
+    context_of,
+    feature,
+    guest_cpl,
+    guest_runs_64bit_code,
+    next_to_translate,
+    set_next_to_translate,
+)
+from lasskvm.x86.opcodes import (
+    OPCODE_MASK,
+    TWO_BYTE,
+    has_opcode,
+    is_lockable,
+    is_prefix,
+    is_rex,
+    may_be_lockable,
+    opcode_mask,
+)
+from lasskvm.x86.registers import MASK64
+
+__all__ = ["is_left_to_emulator", "is_native_vex", "translate_instruction"]
+
+#: Whether FXSAVE and FXRSTOR go to the emulator. The translator checks their alignment, but makes dozens of small
+#: accesses where a processor checks 512 bytes first: a fault on the second page leaves half of the image written.
+EMULATE_FXSAVE = False
+
+_PAGE_OFFSET = 0xFFF
+_PAGE_MASK = MASK64 ^ _PAGE_OFFSET
+_LONGEST_INSTRUCTION = 15
+#: INT1, which the translator does not know in any mode.
+_UNDEFINED = 0xF1
+_USER_CPL = 3
+
+# Prefixes as is_left_to_emulator() gets them
+LOCK, REPNE, REP, OPERAND_SIZE, REX_W, STALE_REX = (1 << number for number in range(6))
+_LOCK, _REPNE, _REP, _OPERAND_SIZE = 0xF0, 0xF2, 0xF3, 0x66
+_REX_W_BIT = 8
+
+_ESCAPE = 0x0F
+_IRET, _CALL_FAR, _JMP_FAR, _RETF_IMM, _RETF = 0xCF, 0x9A, 0xEA, 0xCA, 0xCB
+_GROUP5, _GROUP5_CALL, _GROUP5_CALL_FAR, _GROUP5_JMP, _GROUP5_JMP_FAR = 0xFF, 2, 3, 4, 5
+_GROUP1A, _GROUP11_BYTE, _GROUP11 = 0x8F, 0xC6, 0xC7
+_MOVSXD = 0x63
+_VEX3, _VEX2 = 0xC4, 0xC5
+_LAR, _LSL = TWO_BYTE + 0x02, TWO_BYTE + 0x03
+_GROUP7, _GROUP7_LAST_STORE = TWO_BYTE + 0x01, 1
+_GROUP15, _GROUP15_FXRSTOR = TWO_BYTE + 0xAE, 1
+_MOVNTS, _EXTRQ, _INSERTQ = TWO_BYTE + 0x2B, TWO_BYTE + 0x78, TWO_BYTE + 0x79
+_FEATURES_80000001_ECX, _SSE4A = 7, 1 << 6
+
+_MOD_REGISTER, _REGISTER_SHIFT = 0xC0, 3
+
+#: Opcodes whose ModRM byte decides, one byte and behind 0F.
+_MODRM_DECIDES = opcode_mask((_GROUP5, _GROUP1A, _GROUP11_BYTE, _GROUP11))
+_MODRM_DECIDES_TWO_BYTE = opcode_mask((_GROUP7 - TWO_BYTE, _GROUP15 - TWO_BYTE))
+#: Loads of segment registers: POP, MOV, LES, LDS; POP FS and GS, LSS, LFS, LGS.
+_SEGMENT_LOADS = opcode_mask((0x07, 0x17, 0x1F, 0x8E, 0xC4, 0xC5))
+_SEGMENT_LOADS_TWO_BYTE = opcode_mask((0xA1, 0xA9, 0xB2, 0xB4, 0xB5))
+#: Near branches: Jcc, RET, LOOP, JRCXZ, CALL, JMP.
+_NEAR_BRANCHES = opcode_mask((*range(0x70, 0x80), 0xC2, 0xC3, *range(0xE0, 0xE4), 0xE8, 0xE9, 0xEB))
+_NEAR_BRANCHES_TWO_BYTE = opcode_mask(tuple(range(0x80, 0x90)))
+
+# VEX-encoded instructions that the translator gets right (BMI1, BMI2): map, opcode, and the "pp" field
+_VEX_0F38, _VEX_0F3A, _VEX_MAP_MASK = 2, 3, 0x1F
+_ANDN, _PEXT_PDEP, _MULX, _SHIFTS, _RORX = 0xF2, 0xF5, 0xF6, 0xF7, 0xF0
+_PP_MASK, _PP_NONE, _PP_F3, _PP_F2 = 3, 0, 2, 3
+_VEX_L, _VEX_VVVV, _VEX_NO_VVVV = 1 << 2, 0xF << 3, 0xF << 3
+
+_translate_insn = foreign_function(0, 64, 64)
+_code_page = foreign_function(64, 64, 64, 64)
+
+
+@callback(types.void, types.uint64, types.uint64)
+def translate_instruction(block, cpu):  # type: ignore[no-untyped-def]
+    """``TranslatorOps.translate_insn``: *block* is the DisasContextBase of the block being translated."""
+    translate(block, cpu)
+
+
+def translate(block: int, cpu: int) -> None:
+    """The body of :func:`translate_instruction`."""
+    context = context_of(cpu)
+    env = cpu + CPU_ENV
+    original = load64(context + 8 * FN_TRANSLATE_INSTRUCTION)
+    start = next_to_translate(block)
+    looked_at = bytes_for_emulator(context, env, start)
+    if looked_at == 0:
+        _translate_insn(original, block, cpu)
+        return
+    first = code_byte(context, env, start)
+    host = load64(context + 8 * CODE_HOST) + (start & _PAGE_OFFSET)
+    store8(host, _UNDEFINED)
+    _translate_insn(original, block, cpu)
+    store8(host, first)
+    # What the decision depends on belongs to the block, which is forgotten when one of these bytes changes.
+    set_next_to_translate(block, (start + looked_at) & MASK64)
+
+
+def bytes_for_emulator(context: int, env: int, start: int) -> int:
+    """How many bytes tell that the instruction at linear *start* is for the emulator; 0 when it is not."""
+    code64 = guest_runs_64bit_code(env)
+    prefixes = 0
+    length = 1
+    opcode = code_byte(context, env, start)
+    rex = False
+    while is_prefix(opcode, code64):
+        if length == _LONGEST_INSTRUCTION:
+            # Too long for an instruction: the translator knows that.
+            return 0
+        prefixes = with_prefix(prefixes, opcode, code64, rex)
+        rex = is_rex(opcode, code64)
+        opcode = code_byte(context, env, (start + length) & MASK64)
+        length += 1
+    if opcode == _ESCAPE:
+        opcode = TWO_BYTE + code_byte(context, env, (start + length) & MASK64)
+        length += 1
+    elif opcode == _VEX3 and code64 and not rex and prefixes & (LOCK | REPNE | REP | OPERAND_SIZE) == 0:
+        return _bytes_for_vex(context, env, start, length)
+    modrm = 0
+    if modrm_decides(opcode, prefixes):
+        modrm = code_byte(context, env, (start + length) & MASK64)
+        length += 1
+    sse4a = feature(env, _FEATURES_80000001_ECX) & _SSE4A != 0
+    if is_left_to_emulator(code64, guest_cpl(env), prefixes, opcode, modrm, sse4a):
+        return length
+    return 0
+
+
+def _bytes_for_vex(context: int, env: int, start: int, length: int) -> int:
+    """:func:`bytes_for_emulator` behind C4H in 64-bit mode."""
+    opcode_map = code_byte(context, env, (start + length) & MASK64) & _VEX_MAP_MASK
+    if opcode_map != _VEX_0F38 and opcode_map != _VEX_0F3A:
+        return length + 1
+    payload = code_byte(context, env, (start + length + 1) & MASK64)
+    opcode = code_byte(context, env, (start + length + 2) & MASK64)
+    if is_native_vex(opcode_map, opcode, payload):
+        return 0
+    return length + 3
+
+
+def code_byte(context: int, env: int, address: int) -> int:
+    """The byte of code at linear *address*. Does not return when it cannot be fetched."""
+    page = address & _PAGE_MASK
+    host = context + 8 * CODE_HOST
+    if page != load64(context + 8 * CODE_PAGE):
+        _code_page(load64(context + 8 * FN_CODE_PAGE), env, address, host)
+        store64(host, load64(host) - (address & _PAGE_OFFSET))
+        store64(context + 8 * CODE_PAGE, page)
+    return load8(load64(host) + (address & _PAGE_OFFSET))
+
+
+# ----------------------------------------------------------------------------------------------------- the rules
+
+
+def with_prefix(prefixes: int, byte: int, code64: bool, behind_rex: bool) -> int:
+    """*prefixes* with that of *byte*. A REX prefix counts only directly before the opcode."""
+    if behind_rex:
+        prefixes = (prefixes | STALE_REX) & (MASK64 ^ REX_W)
+    if byte == _LOCK:
+        return prefixes | LOCK
+    if byte == _REPNE:
+        return prefixes | REPNE
+    if byte == _REP:
+        return prefixes | REP
+    if byte == _OPERAND_SIZE:
+        return prefixes | OPERAND_SIZE
+    if is_rex(byte, code64) and byte & _REX_W_BIT != 0:
+        return prefixes | REX_W
+    return prefixes
+
+
+def modrm_decides(opcode: int, prefixes: int) -> bool:
+    """Whether :func:`is_left_to_emulator` needs the ModRM byte of *opcode*; all these opcodes have one."""
+    if opcode >= TWO_BYTE:
+        decides = has_opcode(_MODRM_DECIDES_TWO_BYTE, opcode & OPCODE_MASK)
+    else:
+        decides = has_opcode(_MODRM_DECIDES, opcode)
+    return decides or (prefixes & LOCK != 0 and may_be_lockable(opcode))
+
+
+def is_left_to_emulator(code64: bool, cpl: int, prefixes: int, opcode: int, modrm: int, sse4a: bool) -> bool:
+    """Whether the translator gets this instruction wrong.
+
+    *prefixes* are ``LOCK`` to ``STALE_REX``, *opcode* has ``TWO_BYTE`` added behind 0F, *modrm* counts where
+    :func:`modrm_decides`; *sse4a* says that SSE4A is offered. In the translator:
+
+    ====================================  ==============================================================================
+    instruction                           what is wrong
+    ====================================  ==============================================================================
+    any with LOCK that cannot have it     it runs, where #UD is due
+    any with a prefix between REX and     REX still counts
+    opcode
+    IRET at CPL 3; far CALL, RET, JMP     their stack accesses are made in supervisor mode, so neither LASS nor the U/S
+                                          bit is asked where a supervisor translation is at hand; far transfers through
+                                          a register are not refused; RIP is not checked
+    IRET and loads of segment registers   limits, types and bases that are not flat take effect too late: the run loop
+    outside 64-bit mode                   has to see them
+    near branches with 66H, without       RIP is truncated to 16 bits, and displacements are taken as 16 bits
+    REX.W, in 64-bit mode
+    LAR, LSL                              descriptor types are accepted that IA-32e mode does not have
+    ARPL                                  writes its operand also where it does not change it
+    SGDT, SIDT likewise                   the base is truncated to 24 bits
+    MOVSXD likewise                       reads 32 bits of memory
+    8F, C6, C7 with a reg field           run as POP and MOV, where #UD (or XOP, XABORT, XBEGIN) is due
+    VEX (C4, C5)                          SSE forms run as without VEX, whatever CPUID says; :func:`is_native_vex` names
+                                          those that are right
+    EXTRQ, INSERTQ, MOVNTSS, MOVNTSD      run without SSE4A
+    ====================================  ==============================================================================
+    """
+    operation = (modrm >> _REGISTER_SHIFT) & 7
+    if prefixes & LOCK != 0 and not is_lockable(opcode, modrm):
+        return True
+    if prefixes & STALE_REX != 0:
+        return True
+    truncated = code64 and prefixes & (OPERAND_SIZE | REX_W) == OPERAND_SIZE
+    if opcode >= TWO_BYTE:
+        second = opcode & OPCODE_MASK
+        if opcode == _LAR or opcode == _LSL:
+            return True
+        if opcode == _GROUP7:
+            stores = operation <= _GROUP7_LAST_STORE and modrm & _MOD_REGISTER != _MOD_REGISTER
+            return stores and truncated
+        if opcode == _EXTRQ or opcode == _INSERTQ:
+            return prefixes & (OPERAND_SIZE | REPNE) != 0 and not sse4a
+        if opcode == _MOVNTS:
+            return prefixes & (REP | REPNE) != 0 and not sse4a
+        if opcode == _GROUP15:
+            saves = operation <= _GROUP15_FXRSTOR and modrm & _MOD_REGISTER != _MOD_REGISTER
+            return saves and EMULATE_FXSAVE
+        if truncated and has_opcode(_NEAR_BRANCHES_TWO_BYTE, second):
+            return True
+        return not code64 and has_opcode(_SEGMENT_LOADS_TWO_BYTE, second)
+    if opcode == _IRET:
+        return not code64 or cpl == _USER_CPL
+    if opcode == _RETF or opcode == _RETF_IMM or opcode == _CALL_FAR or opcode == _JMP_FAR:
+        return True
+    if opcode == _GROUP5:
+        if operation == _GROUP5_CALL or operation == _GROUP5_JMP:
+            return truncated
+        return operation == _GROUP5_CALL_FAR or operation == _GROUP5_JMP_FAR
+    if opcode == _GROUP1A or opcode == _GROUP11_BYTE or opcode == _GROUP11:
+        return operation != 0
+    if opcode == _MOVSXD:
+        return truncated or not code64
+    if opcode == _VEX2 or opcode == _VEX3:
+        return True
+    if truncated and has_opcode(_NEAR_BRANCHES, opcode):
+        return True
+    return not code64 and has_opcode(_SEGMENT_LOADS, opcode)
+
+
+def is_native_vex(opcode_map: int, opcode: int, payload: int) -> bool:
+    """Whether the translator is right about a VEX-encoded *opcode* of map 2 or 3 in 64-bit mode.
+
+    *payload* is the byte before the opcode. These are ANDN, PEXT, PDEP, MULX, SHLX, SARX, SHRX and RORX; without their
+    CPUID feature the translator itself refuses them. It gets the flags of the other BMI instructions wrong.
+    """
+    if payload & _VEX_L != 0:
+        return False
+    pp = payload & _PP_MASK
+    if opcode_map == _VEX_0F3A:
+        return opcode == _RORX and pp == _PP_F2 and payload & _VEX_VVVV == _VEX_NO_VVVV
+    if opcode == _ANDN:
+        return pp == _PP_NONE
+    if opcode == _PEXT_PDEP:
+        return pp == _PP_F3 or pp == _PP_F2
+    if opcode == _MULX:
+        return pp == _PP_F2
+    return opcode == _SHIFTS and pp != _PP_NONE

@@ -1,0 +1,227 @@
+"""A virtual machine of the host's KVM: memory slots, interrupt controllers, the clock, MSR filters, its vCPU."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from lasskvm.errors import LassKvmError, MemoryLayoutError
+from lasskvm.kvm.host import abi
+from lasskvm.kvm.host import capabilities as cap
+from lasskvm.kvm.host import ioctls as ioctl
+from lasskvm.kvm.host.descriptor import Descriptor
+from lasskvm.kvm.host.ioctls import KvmIoctlError
+from lasskvm.kvm.host.vcpu import Vcpu, VcpuTraits
+from lasskvm.kvm.structures import MsrFilterRange
+from lasskvm.memory import PAGE_SIZE, GuestMemory, Slot
+
+__all__ = ["Vm"]
+
+#: Where Intel's KVM may put a task state segment (three pages) and an identity-mapped page table (one page) for real
+#: mode: just below the APIC's page, where a PC has neither memory nor devices.
+_TSS_ADDRESS = 0xFEFF_D000
+_IDENTITY_MAP_ADDRESS = 0xFEFF_C000
+_VCPU_NUMBER = 0
+
+# KVM_MSR_FILTER_*, and KVM_MSR_EXIT_REASON_FILTER
+_FILTER_READ = 1 << 0
+_FILTER_WRITE = 1 << 1
+_FILTER_DEFAULT_DENY = 1 << 0
+_EXIT_REASON_FILTER = 1 << 2
+_BITS_PER_BYTE = 8
+#: The bitmap of a dirty log comes in words of this many bits.
+_DIRTY_WORD_BITS = 64
+
+
+class Vm:
+    """One VM of the host provider; made by ``System.create_vm()``. A context manager that closes it.
+
+    ``memory`` is the guest-physical address space for the VMM's own accesses; as in the kernel, these do not
+    appear in the dirty log.
+    """
+
+    def __init__(self, descriptor: Descriptor, run_size: int) -> None:
+        self._descriptor = descriptor
+        self._run_size = run_size
+        self.memory = GuestMemory()
+        self.vcpu: Vcpu | None = None
+        self._irqchip = False
+        if self.check_extension(cap.KVM_CAP_SET_IDENTITY_MAP_ADDR):
+            ioctl.KVM_SET_IDENTITY_MAP_ADDR(descriptor.number, abi.Address(_IDENTITY_MAP_ADDRESS))
+        if self.check_extension(cap.KVM_CAP_SET_TSS_ADDR):
+            ioctl.KVM_SET_TSS_ADDR(descriptor.number, _TSS_ADDRESS)
+        # Both make vCPU events say all there is to say.
+        self._payload = self._enable_if_offered(cap.KVM_CAP_EXCEPTION_PAYLOAD)
+        self._triple_fault = self._enable_if_offered(cap.KVM_CAP_X86_TRIPLE_FAULT_EVENT)
+
+    # ---------------------------------------------------------------------------------------------- capabilities
+
+    def check_extension(self, capability: int) -> int:
+        """``KVM_CHECK_EXTENSION`` of this VM: 0 when *capability* (``KVM_CAP_*``) is not there."""
+        return ioctl.KVM_CHECK_EXTENSION(self._descriptor.number, capability)
+
+    def enable_cap(self, capability: int, *arguments: int) -> None:
+        """``KVM_ENABLE_CAP``: switch *capability* (``KVM_CAP_*``) on, with up to four arguments."""
+        raw = abi.EnableCap(cap=capability)
+        raw.args[: len(arguments)] = arguments
+        ioctl.KVM_ENABLE_CAP(self._descriptor.number, raw)
+
+    def _enable_if_offered(self, capability: int) -> bool:
+        offered = bool(self.check_extension(capability))
+        if offered:
+            self.enable_cap(capability, 1)
+        return offered
+
+    # ---------------------------------------------------------------------------------------------------- memory
+
+    @staticmethod
+    def allocate(size: int) -> mmap.mmap:
+        """Zeroed host memory for a slot, *size* bytes, taken from the host as the guest touches it.
+
+        Raises :class:`MemoryLayoutError` when the host refuses.
+        """
+        try:
+            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError, ValueError) as error:
+            raise MemoryLayoutError(
+                f"the host cannot give {size // (1 << 20)} MiB to the guest ({error}); ask for less with --memory"
+            ) from None
+
+    def set_user_memory_region(self, slot: int, gpa: int, memory: mmap.mmap | None, flags: int = 0) -> None:
+        """``KVM_SET_USER_MEMORY_REGION``: map *memory* at *gpa* as slot *slot*; None deletes the slot.
+
+        *flags* are ``SLOT_*`` of :mod:`lasskvm.memory`. Other memory takes the place of what the slot had. Raises
+        :class:`MemoryLayoutError` for overlaps and ranges that are not page-aligned.
+        """
+        former = self._slot(slot)
+        if memory is None:
+            if former is None:
+                raise MemoryLayoutError(f"there is no memory slot {slot}")
+            self._tell_region(slot, former.gpa, 0, 0, 0)
+            self.memory.delete_slot(slot)
+            return
+        new = self.memory.set_slot(slot, gpa, memory, flags)
+        try:
+            if former is not None and (former.size, former.host_address) != (new.size, new.host_address):
+                # The kernel changes place and flags of a slot only.
+                self._tell_region(slot, former.gpa, 0, 0, 0)
+                former = None
+            self._tell_region(slot, gpa, new.size, new.host_address, flags)
+        except KvmIoctlError:
+            if former is None:
+                self.memory.delete_slot(slot)
+            else:
+                self.memory.set_slot(slot, former.gpa, former.buffer, former.flags)
+            raise
+
+    def _slot(self, number: int) -> Slot | None:
+        return next((slot for slot in self.memory if slot.number == number), None)
+
+    def _tell_region(self, slot: int, gpa: int, size: int, host_address: int, flags: int) -> None:
+        ioctl.KVM_SET_USER_MEMORY_REGION(
+            self._descriptor.number,
+            abi.UserspaceMemoryRegion(
+                slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size, userspace_addr=host_address
+            ),
+        )
+
+    def get_dirty_log(self, slot: int) -> bytes:
+        """``KVM_GET_DIRTY_LOG``: a bit for each page written since the last call, in whole 64-bit words."""
+        known = self._slot(slot)
+        if known is None:
+            raise KvmIoctlError("KVM_GET_DIRTY_LOG", errno.ENOENT)
+        words = -(-(known.size // PAGE_SIZE) // _DIRTY_WORD_BITS)
+        bitmap = (ctypes.c_uint64 * words)()
+        ioctl.KVM_GET_DIRTY_LOG(
+            self._descriptor.number, abi.DirtyLog(slot=slot, dirty_bitmap=ctypes.addressof(bitmap))
+        )
+        return bytes(bitmap)
+
+    @property
+    def memory_size(self) -> int:
+        """Bytes of guest memory in all slots."""
+        return sum(slot.size for slot in self.memory)
+
+    # --------------------------------------------------------------------------------------- devices of the kernel
+
+    def create_irqchip(self) -> None:
+        """``KVM_CREATE_IRQCHIP``: two 8259As, an I/O APIC, and a local APIC in the vCPU to come."""
+        ioctl.KVM_CREATE_IRQCHIP(self._descriptor.number)
+        self._irqchip = True
+
+    def create_pit2(self) -> None:
+        """``KVM_CREATE_PIT2``: an 8254 on IRQ 0; the irqchip must exist."""
+        ioctl.KVM_CREATE_PIT2(self._descriptor.number, abi.PitConfig())
+
+    def irq_line(self, line: int, level: bool) -> None:
+        """``KVM_IRQ_LINE``: drive line *line* of the irqchip."""
+        ioctl.KVM_IRQ_LINE(self._descriptor.number, abi.IrqLevel(irq=line, level=int(level)))
+
+    def get_clock(self) -> int:
+        """``KVM_GET_CLOCK``: the nanoseconds of kvmclock, which run from the VM's creation."""
+        raw = abi.ClockData()
+        ioctl.KVM_GET_CLOCK(self._descriptor.number, raw)
+        return int(raw.clock)
+
+    def set_clock(self, nanoseconds: int) -> None:
+        """``KVM_SET_CLOCK``."""
+        ioctl.KVM_SET_CLOCK(self._descriptor.number, abi.ClockData(clock=nanoseconds))
+
+    # ------------------------------------------------------------------------------------------------- processors
+
+    def set_msr_filter(self, ranges: Sequence[MsrFilterRange], *, default_allow: bool = True) -> None:
+        """``KVM_X86_SET_MSR_FILTER``: accesses that the filter denies leave as MSR exits.
+
+        At most 16 ranges. The kernel never filters the x2APIC's MSRs.
+        """
+        raw = abi.MsrFilter(flags=0 if default_allow else _FILTER_DEFAULT_DENY)
+        bitmaps = []
+        if len(ranges) > len(raw.ranges):
+            raise KvmIoctlError(
+                ioctl.KVM_X86_SET_MSR_FILTER.name, errno.E2BIG, f"it takes at most {len(raw.ranges)} ranges"
+            )
+        for place, wanted in zip(raw.ranges, ranges, strict=False):
+            # The kernel reads whole words of the bitmap.
+            words = -(-wanted.nmsrs // (_BITS_PER_BYTE * ctypes.sizeof(ctypes.c_uint64)))
+            bitmap = (ctypes.c_uint64 * words).from_buffer_copy(
+                wanted.bitmap.ljust(words * ctypes.sizeof(ctypes.c_uint64), b"\0")
+            )
+            bitmaps.append(bitmap)
+            place.flags = wanted.read * _FILTER_READ | wanted.write * _FILTER_WRITE
+            place.base, place.nmsrs, place.bitmap = wanted.base, wanted.nmsrs, ctypes.addressof(bitmap)
+        self.enable_cap(cap.KVM_CAP_X86_USER_SPACE_MSR, _EXIT_REASON_FILTER)
+        ioctl.KVM_X86_SET_MSR_FILTER(self._descriptor.number, raw)
+
+    def create_vcpu(self) -> Vcpu:
+        """``KVM_CREATE_VCPU``: the VM's only vCPU, in the state after power-on and without any CPUID yet."""
+        if self.vcpu is not None:
+            raise LassKvmError("this VM has its vCPU already; lasskvm virtualizes one processor")
+        descriptor = Descriptor(ioctl.KVM_CREATE_VCPU(self._descriptor.number, _VCPU_NUMBER))
+        traits = VcpuTraits(
+            run_size=self._run_size,
+            irqchip=self._irqchip,
+            payload=self._payload,
+            triple_fault=self._triple_fault,
+            xsave_size=self.check_extension(cap.KVM_CAP_XSAVE2),
+            nested_size=self.check_extension(cap.KVM_CAP_NESTED_STATE),
+        )
+        self.vcpu = Vcpu(descriptor, traits)
+        return self.vcpu
+
+    def close(self) -> None:
+        """Give everything back to the host; no other call is valid afterwards."""
+        if self.vcpu is not None:
+            self.vcpu.close()
+        self._descriptor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
