@@ -42,8 +42,7 @@ READS = (
 )  # fmt: skip
 WRITES = (
     "mov [rbx], rax", "mov byte [rbx], 5", "stosd", "sete [rbx]", "fstp qword [rbx]", "fstp tbyte [rbx]",
-    "fnstcw [rbx]", "movups [rbx], xmm0", "movd [rbx], xmm0", "stmxcsr [rbx]", "pop qword [rbx]", "sgdt [rbx]",
-    "fxsave [rbx]",
+    "fnstcw [rbx]", "movups [rbx], xmm0", "movd [rbx], xmm0", "stmxcsr [rbx]", "pop qword [rbx]", "fxsave [rbx]",
 )  # fmt: skip
 #: Their read half comes first; it exits.
 MODIFICATIONS = (

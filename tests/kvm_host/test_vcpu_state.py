@@ -37,6 +37,10 @@ def test_supported_cpuid_is_a_table_of_a_64_bit_processor(host_machine: Machine)
     assert table.maxphyaddr >= 36
 
 
+def test_the_time_stamp_counter_has_a_frequency(host_machine: Machine) -> None:
+    assert host_machine.host_vcpu.get_tsc_khz() > 100_000
+
+
 def test_cpuid_comes_back_and_the_guest_sees_it(host_machine: Machine) -> None:
     entries = [
         replace(entry, ebx=0x6C737361) if entry.function == 0 else entry

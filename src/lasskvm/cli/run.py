@@ -59,6 +59,13 @@ class ClockChoice(StrEnum):
     HOST = "host"
 
 
+class BackendChoice(StrEnum):
+    """Whose KVM runs the guest."""
+
+    SOFT = "soft"
+    KVM = "kvm"
+
+
 def _list_cpus(cpu: str) -> str:
     if cpu == LIST:
         print_models()
@@ -103,6 +110,12 @@ _Clock = Annotated[
         show_default="virtual, but host when a person types to the guest",
     ),
 ]
+_Backend = Annotated[
+    BackendChoice,
+    typer.Option(
+        help="Whose KVM runs the guest: that of lasskvm, or /dev/kvm, with what the host's processor has."
+    ),
+]
 _Stats = Annotated[bool, typer.Option("--stats", help="Print counters on standard error at the end.")]
 _Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help='No messages but errors; "quiet" for the kernel, too.')
@@ -121,6 +134,7 @@ def run(
     timeout: _Timeout = None,
     clock: _Clock = None,
     engine: EngineOption = EngineChoice.JIT,
+    backend: _Backend = BackendChoice.SOFT,
     stats: _Stats = False,
     quiet: _Quiet = False,
 ) -> None:
@@ -131,6 +145,11 @@ def run(
         )
     if append and cmdline is not None:
         raise typer.BadParameter("--cmdline replaces what --append would add to; give one of them")
+    on_host = backend is BackendChoice.KVM
+    if on_host and clock is ClockChoice.VIRTUAL:
+        raise typer.BadParameter("a guest on /dev/kvm lives by the host's time; leave --clock virtual out")
+    if on_host and engine is not EngineChoice.JIT:
+        raise typer.BadParameter("--engine is for --backend soft; leave one of them out")
     from lasskvm import images, kvm
     from lasskvm.machine.console import HINT, Console, is_terminal, standard_input
     from lasskvm.machine.pc import Pc
@@ -149,10 +168,13 @@ def run(
         idle=console.idle,
         clock=kvm.HostClock() if host_clock else None,
         engine=engine.value,
+        provider="host" if on_host else "soft",
     )
-    console.connect(pc.uart, pc.vm.clock.now, pc.stop)
+    console.connect(pc.uart, pc.clock.now, pc.stop)
     _load(pc, kernel, ramdisk, _command_line(append, cmdline, quiet))
-    if engine is EngineChoice.JIT:
+    if pc.missing_features() and not quiet:
+        say(f"this host's KVM lacks: {', '.join(pc.missing_features())}")
+    if engine is EngineChoice.JIT and not on_host:
         kvm.prepare(ignore if quiet else say)
     if console.is_raw and not quiet:
         say(HINT)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.faults import GuestFault, raise_linear_fault
-from lasskvm.emulator.linearize import linearize
+from lasskvm.emulator.linearize import linearize, segment_address
 from lasskvm.emulator.mmu import next_linear
 from lasskvm.emulator.watch import watch_hit
 from lasskvm.lass import WRITE
@@ -34,6 +34,13 @@ def load(ctx: Emulation, segment: int, offset: int, size: int, flags: int = 0) -
     *flags* are those of :mod:`lasskvm.lass`; a load that a store to the same place follows has ``WRITE`` among them.
     Raises :class:`GuestFault`; nothing has been changed then, accessed and dirty bits aside.
     """
+    tlb = ctx.tlb
+    if tlb.enabled:
+        address = segment_address(ctx, segment, offset, size, flags)
+        page = (tlb.stores if flags & WRITE else tlb.loads).get(address >> PAGE_SHIFT)
+        if page is not None and address & PAGE_MASK <= PAGE_SIZE - size:
+            start = address + page[1]
+            return int.from_bytes(page[0][start : start + size], "little")
     return int.from_bytes(load_bytes(ctx, segment, offset, size, flags), "little")
 
 
@@ -42,7 +49,16 @@ def store(ctx: Emulation, segment: int, offset: int, size: int, value: int, flag
 
     Raises :class:`GuestFault`.
     """
-    store_bytes(ctx, segment, offset, (value & (1 << 8 * size) - 1).to_bytes(size, "little"), flags)
+    data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+    tlb = ctx.tlb
+    if tlb.enabled:
+        address = segment_address(ctx, segment, offset, size, flags | WRITE)
+        page = tlb.stores.get(address >> PAGE_SHIFT)
+        if page is not None and address & PAGE_MASK <= PAGE_SIZE - size:
+            start = address + page[1]
+            page[0][start : start + size] = data
+            return
+    store_bytes(ctx, segment, offset, data, flags)
 
 
 def load_bytes(ctx: Emulation, segment: int, offset: int, size: int, flags: int = 0) -> bytes:

@@ -30,7 +30,7 @@ from lasskvm.x86.registers import (
     SS,
 )
 
-__all__ = ["check_limit", "linear_address", "linearize"]
+__all__ = ["check_limit", "linear_address", "linearize", "segment_address"]
 
 _MASK16 = 0xFFFF
 
@@ -50,15 +50,23 @@ def linearize(ctx: Emulation, segment: int, offset: int, size: int, flags: int) 
     *flags* describe the access (:mod:`lasskvm.lass`). Raises :class:`GuestFault`: #GP(0) or #SS(0).
     """
     words = ctx.words
-    address = linear_address(words, segment, offset)
-    if not in_64bit_mode(words):
-        if segment == SS:
-            flags |= STACK
-        _check_segment(words, segment, offset, size, flags)
+    if segment == SS and not in_64bit_mode(words):
+        flags |= STACK
+    address = segment_address(ctx, segment, offset, size, flags)
     vector = check_linear(words, address, size, flags, words[CPL], words[RFLAGS])
     if vector:
         raise GuestFault(vector, 0)
     return address
+
+
+def segment_address(ctx: Emulation, segment: int, offset: int, size: int, flags: int) -> int:
+    """The first half of :func:`linearize`: the address, after the checks of the segment only."""
+    words = ctx.words
+    if not in_64bit_mode(words):
+        if segment == SS:
+            flags |= STACK
+        _check_segment(words, segment, offset, size, flags)
+    return linear_address(words, segment, offset)
 
 
 def check_limit(attributes: int, limit: int, offset: int, size: int) -> bool:

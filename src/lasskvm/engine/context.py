@@ -70,8 +70,10 @@ NO_PORT = 1 << 16
 #: While a block is translated: the translator's own function for one instruction, ``get_page_addr_code_hostp``, and the
 #: linear page of code that was looked at last with its host address.
 FN_TRANSLATE_INSTRUCTION, FN_CODE_PAGE, CODE_PAGE, CODE_HOST = range(128, 132)
-#: No page has this address.
-NO_CODE_PAGE = 1
+#: Where a run ends before the instruction at this linear address.
+RUN_UNTIL = 132
+#: No page and no instruction has this linear address: it is not canonical, and more than 32 bits.
+NO_ADDRESS = 1 << 62
 
 CONTEXT_WORDS = 136
 

@@ -167,10 +167,12 @@ class Engine:
     def run_until(self, rip: int) -> EngineExit:
         """Like :meth:`run`, but also end (``EXIT_STOPPED``) before the instruction at linear address *rip*."""
         self._uc.ctl_set_exits([rip])
+        self._context_words[c.RUN_UNTIL] = rip
         try:
             result = self.run()
         finally:
             self._uc.ctl_set_exits([])
+            self._context_words[c.RUN_UNTIL] = c.NO_ADDRESS
         if result.reason == c.EXIT_INTERCEPT and result.vector == c.SVM_EXIT_HLT and self._at(rip):
             # Unicorn ends a run at an address by a HLT of its own, which is intercepted like any other.
             return _STOPPED
@@ -266,6 +268,7 @@ class Engine:
         words[c.COALESCED_BUFFER] = int(self._coalesced.ctypes.data)
         words[c.EPOCH] = 1
         words[c.BLOCK_DEADLINE] = (1 << 64) - 1
+        words[c.RUN_UNTIL] = c.NO_ADDRESS
 
     def _take_over(self) -> None:
         """Put our TLB fill and hooks in place, and enter SVM guest mode for the intercepts."""

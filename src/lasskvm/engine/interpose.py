@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lasskvm.engine import private, translation
 from lasskvm.engine.calibration import library_function, refusal
-from lasskvm.engine.context import CODE_PAGE, FN_TRANSLATE_INSTRUCTION, NO_CODE_PAGE
+from lasskvm.engine.context import CODE_PAGE, FN_TRANSLATE_INSTRUCTION, NO_ADDRESS
 from lasskvm.engine.native import assembled
 
 __all__ = ["look_at_instructions", "skip_dirty_reset"]
@@ -168,7 +168,7 @@ def _translator_loop(original: int, tlb_fill: int) -> int:
             if index == private.TRANSLATE_INSTRUCTION:
                 context = builder.inttoptr(_load(builder, cpu, private.CPU_CONTEXT), _WORD.as_pointer())
                 builder.store(entry, builder.gep(context, [_WORD(FN_TRANSLATE_INSTRUCTION)]))
-                builder.store(_WORD(NO_CODE_PAGE), builder.gep(context, [_WORD(CODE_PAGE)]))
+                builder.store(_WORD(NO_ADDRESS), builder.gep(context, [_WORD(CODE_PAGE)]))
                 entry = _WORD(translation.translate_instruction.address)
             builder.store(entry, builder.gep(table, [_WORD(index)]))
         builder.store(builder.ptrtoint(table, _WORD), chosen)

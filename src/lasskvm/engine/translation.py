@@ -9,7 +9,13 @@ and the exit handler emulates what is really there.
 
 from numba import types
 
-from lasskvm.engine.context import CODE_HOST, CODE_PAGE, FN_CODE_PAGE, FN_TRANSLATE_INSTRUCTION
+from lasskvm.engine.context import (
+    CODE_HOST,
+    CODE_PAGE,
+    FN_CODE_PAGE,
+    FN_TRANSLATE_INSTRUCTION,
+    RUN_UNTIL,
+)
 from lasskvm.engine.native import callback, foreign_function, load8, load64, store8, store64
 from lasskvm.engine.private import (
     CPU_ENV,
@@ -57,7 +63,6 @@ _GROUP1A, _GROUP11_BYTE, _GROUP11 = 0x8F, 0xC6, 0xC7
 _MOVSXD = 0x63
 _VEX3, _VEX2 = 0xC4, 0xC5
 _LAR, _LSL = TWO_BYTE + 0x02, TWO_BYTE + 0x03
-_GROUP7, _GROUP7_LAST_STORE = TWO_BYTE + 0x01, 1
 _GROUP15, _GROUP15_FXRSTOR = TWO_BYTE + 0xAE, 1
 _MOVNTS, _EXTRQ, _INSERTQ = TWO_BYTE + 0x2B, TWO_BYTE + 0x78, TWO_BYTE + 0x79
 _FEATURES_80000001_ECX, _SSE4A = 7, 1 << 6
@@ -66,7 +71,7 @@ _MOD_REGISTER, _REGISTER_SHIFT = 0xC0, 3
 
 #: Opcodes whose ModRM byte decides, one byte and behind 0F.
 _MODRM_DECIDES = opcode_mask((_GROUP5, _GROUP1A, _GROUP11_BYTE, _GROUP11))
-_MODRM_DECIDES_TWO_BYTE = opcode_mask((_GROUP7 - TWO_BYTE, _GROUP15 - TWO_BYTE))
+_MODRM_DECIDES_TWO_BYTE = opcode_mask((_GROUP15 - TWO_BYTE,))
 #: Loads of segment registers: POP, MOV, LES, LDS; POP FS and GS, LSS, LFS, LGS.
 _SEGMENT_LOADS = opcode_mask((0x07, 0x17, 0x1F, 0x8E, 0xC4, 0xC5))
 _SEGMENT_LOADS_TWO_BYTE = opcode_mask((0xA1, 0xA9, 0xB2, 0xB4, 0xB5))
@@ -96,7 +101,10 @@ def translate(block: int, cpu: int) -> None:
     env = cpu + CPU_ENV
     original = load64(context + 8 * FN_TRANSLATE_INSTRUCTION)
     start = next_to_translate(block)
-    looked_at = bytes_for_emulator(context, env, start)
+    looked_at = 0
+    # Where the run ends, the translator reads no code either.
+    if start != load64(context + 8 * RUN_UNTIL):
+        looked_at = bytes_for_emulator(context, env, start)
     if looked_at == 0:
         _translate_insn(original, block, cpu)
         return
@@ -212,7 +220,6 @@ def is_left_to_emulator(code64: bool, cpl: int, prefixes: int, opcode: int, modr
     REX.W, in 64-bit mode
     LAR, LSL                              descriptor types are accepted that IA-32e mode does not have
     ARPL                                  writes its operand also where it does not change it
-    SGDT, SIDT likewise                   the base is truncated to 24 bits
     MOVSXD likewise                       reads 32 bits of memory
     8F, C6, C7 with a reg field           run as POP and MOV, where #UD (or XOP, XABORT, XBEGIN) is due
     VEX (C4, C5)                          SSE forms run as without VEX, whatever CPUID says; :func:`is_native_vex` names
@@ -230,9 +237,6 @@ def is_left_to_emulator(code64: bool, cpl: int, prefixes: int, opcode: int, modr
         second = opcode & OPCODE_MASK
         if opcode == _LAR or opcode == _LSL:
             return True
-        if opcode == _GROUP7:
-            stores = operation <= _GROUP7_LAST_STORE and modrm & _MOD_REGISTER != _MOD_REGISTER
-            return stores and truncated
         if opcode == _EXTRQ or opcode == _INSERTQ:
             return prefixes & (OPERAND_SIZE | REPNE) != 0 and not sse4a
         if opcode == _MOVNTS:

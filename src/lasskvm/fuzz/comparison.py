@@ -14,6 +14,7 @@ import numpy as np
 from lasskvm import state as s
 from lasskvm.fuzz import layout
 from lasskvm.fuzz.case import Case
+from lasskvm.fuzz.fpu_registers import names
 from lasskvm.fuzz.paths import EndState
 from lasskvm.fuzz.undefined import undefined_flags
 from lasskvm.state import STATE_WORDS
@@ -47,6 +48,7 @@ def agree(first: EndState, second: EndState) -> bool:
         and first.bus == second.bus
         and np.array_equal(first.words[_COMPARED], second.words[_COMPARED])
         and np.array_equal(first.memory.view(np.uint64), second.memory.view(np.uint64))
+        and first.fpu == second.fpu
         and first.msrs == second.msrs
     )
 
@@ -57,6 +59,9 @@ def differences(case: Case, first: EndState, second: EndState) -> tuple[Differen
     undefined = undefined_flags(case.mode.bits, case.code)
     found += _word_differences(first, second, undefined)
     found += _memory_differences(first, second, undefined)
+    for name, *values in zip(names(), first.fpu, second.fpu, strict=True):
+        if values[0] != values[1]:
+            found.append(Difference(name, hex(values[0]), hex(values[1])))
     for index in sorted(first.msrs.keys() | second.msrs.keys()):
         values = first.msrs.get(index), second.msrs.get(index)
         if values[0] != values[1]:

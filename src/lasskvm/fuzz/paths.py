@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lasskvm import state as s
+from lasskvm.emulator.fpu import Fpu, copy_fpu
 from lasskvm.fuzz import layout
 from lasskvm.fuzz.case import Case
+from lasskvm.fuzz.fpu_registers import FpuImage, fpu_image, start_fpu
 from lasskvm.fuzz.image import FORCED_EMULATION_PREFIX, Image, case_image
 from lasskvm.fuzz.start_state import start_words
 from lasskvm.kvm import (
@@ -84,6 +86,7 @@ class EndState:
     memory: Image
     bus: tuple[BusAccess, ...]
     msrs: dict[int, int]
+    fpu: FpuImage
 
     @property
     def rip(self) -> int:
@@ -121,7 +124,7 @@ class _Machine:
         msrs = self.vcpu.emulation.msrs
         self._pristine_msrs = dict(msrs.values)
 
-    def load(self, image: Image, words: NDArray[np.uint64]) -> None:
+    def load(self, image: Image, words: NDArray[np.uint64], fpu: Fpu) -> None:
         """Make memory and state those of a case."""
         pages = image.view(np.uint64).reshape(self._pages.shape)
         changed = (pages != self._pages).any(axis=1)
@@ -136,6 +139,7 @@ class _Machine:
         msrs = self.vcpu.emulation.msrs
         msrs.values.update(self._pristine_msrs)
         msrs.tsc_offset = msrs.tsc_adjust = 0
+        copy_fpu(fpu, self.vcpu.emulation.fpu)
 
     def run(self) -> EndState:
         """Run until the case has ended."""
@@ -161,7 +165,10 @@ class _Machine:
                 break
         limit.cancel()
         words = self.vcpu.state.array.copy()
-        return EndState(ending, detail, words, self.memory, tuple(bus), self.vcpu.emulation.msrs.values)
+        emulation = self.vcpu.emulation
+        return EndState(
+            ending, detail, words, self.memory, tuple(bus), emulation.msrs.values, fpu_image(emulation.fpu)
+        )
 
 
 def _ending_of(reason: Exit) -> tuple[Ending, str]:
@@ -193,7 +200,7 @@ class Path:
         words = start_words(case, machine.power_on, image)
         if self.kind is PathKind.FORCED:
             words[s.RIP] -= np.uint64(len(FORCED_EMULATION_PREFIX))
-        machine.load(image, words)
+        machine.load(image, words, start_fpu(case.data_seed))
         end = machine.run()
         if end.ending is Ending.CRASHED:
             # Nobody knows what state the machine is in.

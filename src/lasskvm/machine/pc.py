@@ -1,8 +1,8 @@
 """The PC around a VM: memory layout, devices on their ports, and the VMM's run loop.
 
 Devices that a guest talks to all the time (UART, RTC, the POST port) sit on the VM's own bus beside the
-interrupt controller and timer, as KVM's in-kernel devices do. Those that end or restart the machine are
-served here, from the exits of ``KVM_RUN``.
+interrupt controller and timer, as KVM's in-kernel devices do, where the provider has such a bus. Those that end
+or restart the machine are served here, from the exits of ``KVM_RUN``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 from lasskvm.errors import MemoryLayoutError
 from lasskvm.kvm import (
@@ -25,8 +26,9 @@ from lasskvm.kvm import (
     PortBus,
     PortDevice,
     ShutdownExit,
-    Vm,
 )
+from lasskvm.kvm.exits import FailEntryExit, SystemEventExit, UnknownExit
+from lasskvm.kvm.providers import Provider
 from lasskvm.machine.boot import LongModeEntry
 from lasskvm.machine.devices import COM1_IRQ, RTC_IRQ
 from lasskvm.machine.devices.debug_console import DebugConsole
@@ -37,6 +39,7 @@ from lasskvm.machine.devices.post_port import PostPort
 from lasskvm.machine.devices.program_status import ProgramStatus
 from lasskvm.machine.devices.rtc import Rtc
 from lasskvm.machine.devices.uart16550 import Uart16550
+from lasskvm.machine.provider import open_board
 from lasskvm.x86.cpu_models import CpuModel
 
 __all__ = ["End", "Ending", "Pc"]
@@ -86,9 +89,11 @@ class Pc:
     *memory_size* is in bytes, a multiple of 4 KiB. *output* gets what the guest writes to its serial port and
     to the debug console. *idle* is called when the guest has nothing to do, with the nanoseconds until its
     next timer (None: it waits for input for ever), and, with 0, now and then while it runs; it is where a
-    console reads its input. *engine* is that of :class:`~lasskvm.kvm.Vm`.
+    console reads its input. *provider* says whose KVM runs it; *clock* and *engine* are for the soft one, and those
+    of :class:`~lasskvm.kvm.Vm`.
 
-    Raises :class:`MemoryLayoutError` for a memory size that is too small, or more than this host has.
+    Raises :class:`MemoryLayoutError` for a memory size that is too small, or more than this host has, and
+    :class:`~lasskvm.errors.HostError` when the host has no KVM for the host provider.
     """
 
     def __init__(
@@ -100,6 +105,7 @@ class Pc:
         idle: Callable[[int | None], None] | None = None,
         clock: Clock | None = None,
         engine: ExecutionEngine = "jit",
+        provider: Provider = "soft",
     ) -> None:
         if memory_size < MINIMUM_MEMORY:
             raise MemoryLayoutError(
@@ -111,9 +117,10 @@ class Pc:
                 f"the guest cannot have {memory_size // MIB} MiB of memory, "
                 f"this host has {_host_memory() // MIB}; give it less"
             )
-        self.vm = Vm(engine)
-        if clock is not None:
-            self.vm.set_clock(clock)
+        self._slow_ports = PortBus()
+        self._board = open_board(provider, self._slow_ports, engine=engine, clock=clock)
+        self.vm = self._board.vm
+        self.clock = self._board.clock
         self._idle = idle or _wait
         self._ending: Ending | None = None
         self._exits_since_turn = 0
@@ -124,15 +131,11 @@ class Pc:
             self.vm.set_user_memory_region(_HIGH_SLOT, HIGH_MEMORY_START, self.vm.allocate(memory_size - low))
         self.vm.create_irqchip()
         self.vm.create_pit2()
-        self.vcpu = self.vm.create_vcpu()
-        self.vcpu.set_cpuid2(cpu.entries())
-        pic = self.vm.pic
-        assert pic is not None
-        self.uart = Uart16550(pic.line(COM1_IRQ), output)
-        for device in (self.uart, Rtc(self.vm.clock, pic.line(RTC_IRQ)), PostPort()):
-            self.vm.ports.register(device)
-        self.vm.transmitter = self.uart
-        self._slow_ports = PortBus()
+        self.vcpu = self._board.create_vcpu(cpu)
+        self.uart = Uart16550(partial(self.vm.irq_line, COM1_IRQ), output)
+        for device in (self.uart, Rtc(self.clock, partial(self.vm.irq_line, RTC_IRQ)), PostPort()):
+            self._board.ports.register(device)
+        self._board.connect_console(self.uart)
         self._slow_devices: tuple[PortDevice, ...] = (
             DebugConsole(output),
             DebugExit(self._debug_exit),
@@ -165,7 +168,7 @@ class Pc:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._ending is None:
-            vm_exit = self.vcpu.run()
+            vm_exit = self._board.run()
             match vm_exit:
                 case IoExit():
                     self._port_io(vm_exit)
@@ -181,6 +184,10 @@ class Pc:
                     self._ending = Ending(End.TRIPLE_FAULT, STATUS_CRASHED, self._where())
                 case InternalErrorExit():
                     self._ending = Ending(End.INTERNAL_ERROR, STATUS_CRASHED, _describe(vm_exit))
+                case SystemEventExit():
+                    self._reset()
+                case FailEntryExit() | UnknownExit():
+                    self._ending = Ending(End.INTERNAL_ERROR, STATUS_CRASHED, f"{vm_exit} at {self._where()}")
         return self._ending
 
     def stop(self) -> None:
@@ -188,12 +195,16 @@ class Pc:
         self._ending = Ending(End.STOPPED, 0)
 
     def statistics(self) -> dict[str, int]:
-        """What the run so far has cost, by name: blocks, guest time, and what direct execution counts."""
-        return {
-            "executed_blocks": self.vcpu.executed_blocks,
-            "guest_nanoseconds": self.vm.clock.now(),
-            **self.vcpu.counters(),
-        }
+        """What the run so far has cost, by name: guest time, and what the provider counts."""
+        return self._board.statistics()
+
+    def missing_features(self) -> list[str]:
+        """The features of the CPU model that the provider could not give to this machine."""
+        return self._board.missing_features()
+
+    def close(self) -> None:
+        """Give what the machine has to the host; nothing else is valid afterwards."""
+        self._board.close()
 
     def _turn_when_due(self, deadline: float | None) -> None:
         """Take a turn now and then, though no run gets as far as an IntrExit.
@@ -201,12 +212,12 @@ class Pc:
         When is counted in what the guest did, not in the host's time, so that deterministic runs stay it.
         """
         self._exits_since_turn += 1
-        if self._exits_since_turn >= _TURN_EXITS or self.vm.clock.now() - self._last_turn_ns >= _TURN_NS:
+        if self._exits_since_turn >= _TURN_EXITS or self.clock.now() - self._last_turn_ns >= _TURN_NS:
             self._take_a_turn(IntrExit(), deadline)
 
     def _take_a_turn(self, vm_exit: IntrExit, deadline: float | None) -> None:
         self._exits_since_turn = 0
-        self._last_turn_ns = self.vm.clock.now()
+        self._last_turn_ns = self.clock.now()
         if self._ending is not None:
             return
         if deadline is not None and time.monotonic() >= deadline:
@@ -215,7 +226,7 @@ class Pc:
         if not vm_exit.idle:
             self._idle(0)
             return
-        limit = None if vm_exit.idle_until_ns is None else max(0, vm_exit.idle_until_ns - self.vm.clock.now())
+        limit = None if vm_exit.idle_until_ns is None else max(0, vm_exit.idle_until_ns - self.clock.now())
         if deadline is not None:
             remaining = max(0, int((deadline - time.monotonic()) * 1e9))
             limit = remaining if limit is None else min(limit, remaining)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from iced_x86 import ConditionCode, Mnemonic, OpKind
 
-from lasskvm.emulator.accessors import Reader, reader
+from lasskvm.emulator.accessors import Reader, Writer, reader
 from lasskvm.emulator.completion import branch, check_branch_target, finish, next_rip
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.decode import Decoded
@@ -20,8 +20,8 @@ from lasskvm.emulator.flags import condition_of
 from lasskvm.emulator.operation import Builder, Executor
 from lasskvm.emulator.stack import Stack, pusher, top_loader
 from lasskvm.emulator.string_registers import add_to_register
-from lasskvm.state import RCX, RFLAGS, RIP, RSP
-from lasskvm.x86.registers import MASK64
+from lasskvm.state import INTERRUPT_SHADOW, RCX, RFLAGS, RIP, RSP
+from lasskvm.x86.registers import MASK64, RFLAGS_RF, RFLAGS_TF
 
 __all__ = ["TRANSFERS"]
 
@@ -30,39 +30,42 @@ _INDIRECT_SIZES = (2, 4, 8)
 #: In 48 bits, addresses are canonical whose distance from the lowest canonical one, taken as signed, has 48 bits.
 _CANONICAL_BITS = 48
 _LOWEST_CANONICAL = 1 << _CANONICAL_BITS - 1
+#: Flags that give an instruction's completion something to do.
+_ENDING_FLAGS = RFLAGS_RF | RFLAGS_TF
 
 
 def _jmp(decoded: Decoded) -> Executor:
     if decoded.instruction.op0_kind in _RELATIVE:
         return _jump(decoded)
-    target = _indirect_target(decoded)
-    return lambda ctx: branch(ctx, target(ctx))
+    target_of = _target(decoded)
+    return lambda ctx: branch(ctx, target_of(ctx))
 
 
 def _call(decoded: Decoded) -> Executor:
     size = -decoded.instruction.stack_pointer_increment
-    mask = (1 << 8 * size) - 1
-    push = pusher(decoded, size)
-    if decoded.instruction.op0_kind in _RELATIVE:
-        distance = _distance(decoded)
+    push, target_of, length = pusher(decoded, size), _target(decoded), decoded.length
+    if decoded.bits != 64:
+        return _call_legacy(decoded, push, target_of, (1 << 8 * size) - 1)
 
-        def call(ctx: Emulation) -> None:
-            words = ctx.words
-            target = words[RIP] + distance & mask
+    def call(ctx: Emulation) -> None:
+        words = ctx.words
+        target = target_of(ctx)
+        if (target + _LOWEST_CANONICAL & MASK64) >> _CANONICAL_BITS:
             check_branch_target(words, target)
-            push(ctx, next_rip(words, decoded) & mask)
-            finish(ctx, target)
+        push(ctx, words[RIP] + length & MASK64)
+        _go_on(ctx, target)
 
-        return call
-    read_target = _indirect_target(decoded)
+    return call
 
-    def call_indirect(ctx: Emulation) -> None:
-        target = read_target(ctx)
+
+def _call_legacy(decoded: Decoded, push: Writer, target_of: Reader, mask: int) -> Executor:
+    def call(ctx: Emulation) -> None:
+        target = target_of(ctx)
         check_branch_target(ctx.words, target)
         push(ctx, next_rip(ctx.words, decoded) & mask)
         finish(ctx, target)
 
-    return call_indirect
+    return call
 
 
 def _ret(decoded: Decoded) -> Executor:
@@ -76,9 +79,10 @@ def _ret(decoded: Decoded) -> Executor:
     def ret(ctx: Emulation) -> None:
         words = ctx.words
         target = load_target(ctx)
-        check_branch_target(words, target)
+        if (target + _LOWEST_CANONICAL & MASK64) >> _CANONICAL_BITS:
+            check_branch_target(words, target)
         words[RSP] = words[RSP] + released & MASK64
-        finish(ctx, target)
+        _go_on(ctx, target)
 
     return ret
 
@@ -148,7 +152,10 @@ def _jump(decoded: Decoded) -> Executor:
         target = words[RIP] + distance & MASK64
         if (target + _LOWEST_CANONICAL & MASK64) >> _CANONICAL_BITS:
             check_branch_target(words, target)
-        finish(ctx, target)
+        if words[RFLAGS] & _ENDING_FLAGS or words[INTERRUPT_SHADOW]:
+            finish(ctx, target)
+        else:
+            words[RIP] = target
 
     return jump
 
@@ -156,16 +163,27 @@ def _jump(decoded: Decoded) -> Executor:
 def _step_over(decoded: Decoded) -> Executor:
     length = decoded.length
     if decoded.bits == 64:
-        return lambda ctx: finish(ctx, ctx.words[RIP] + length & MASK64)
+        return lambda ctx: _go_on(ctx, ctx.words[RIP] + length & MASK64)
     return lambda ctx: finish(ctx, next_rip(ctx.words, decoded))
 
 
-def _indirect_target(decoded: Decoded) -> Reader:
-    memory = decoded.operand
-    if decoded.instruction.op0_kind != OpKind.REGISTER and (
-        memory is None or memory.size not in _INDIRECT_SIZES
-    ):
-        raise Unhandleable(f'"{decoded.instruction}" is not a near branch')
+def _go_on(ctx: Emulation, rip: int) -> None:
+    """``finish()``, quicker where nothing ends with the instruction."""
+    words = ctx.words
+    if words[RFLAGS] & _ENDING_FLAGS or words[INTERRUPT_SHADOW]:
+        finish(ctx, rip)
+    else:
+        words[RIP] = rip
+
+
+def _target(decoded: Decoded) -> Reader:
+    """Gives the target, unchecked."""
+    instruction, memory = decoded.instruction, decoded.operand
+    if instruction.op0_kind in _RELATIVE:
+        distance, mask = _distance(decoded), _target_mask(decoded)
+        return lambda ctx: ctx.words[RIP] + distance & mask
+    if instruction.op0_kind != OpKind.REGISTER and (memory is None or memory.size not in _INDIRECT_SIZES):
+        raise Unhandleable(f'"{instruction}" is not a near branch')
     return reader(decoded, 0)
 
 

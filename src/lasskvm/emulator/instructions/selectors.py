@@ -8,12 +8,12 @@ Source: Intel SDM volume 2A, ARPL, LAR, LSL; volume 2B, VERR/VERW.
 
 from __future__ import annotations
 
-from iced_x86 import Mnemonic
+from iced_x86 import Mnemonic, OpKind, Register
 
-from lasskvm.emulator.accessors import update_reader, writer
+from lasskvm.emulator.accessors import register_reader, register_writer, update_reader, writer
 from lasskvm.emulator.completion import Handler, complete
 from lasskvm.emulator.context import Emulation
-from lasskvm.emulator.decode import Decoded
+from lasskvm.emulator.decode import Decoded, register_info
 from lasskvm.emulator.faults import invalid_opcode, raise_linear_fault
 from lasskvm.emulator.modes import in_ia32e_mode, in_protected_mode
 from lasskvm.emulator.operands import read_operand, read_register, write_register
@@ -101,11 +101,17 @@ def _arpl(ctx: Emulation, decoded: Decoded) -> None:
     """ARPL: raise the RPL of the destination to that of the source. The destination is written in any case."""
     words = ctx.words
     _require_protected_mode(words)
-    before = update_reader(decoded, 0)(ctx)
-    rpl = read_register(words, decoded.instruction.op1_register) & SELECTOR_RPL
-    is_lower = before & SELECTOR_RPL < rpl
-    # A wider register keeps the bits above the selector.
-    writer(decoded, 0)(ctx, before & ~SELECTOR_RPL | rpl if is_lower else before)
+    instruction = decoded.instruction
+    if instruction.op0_kind == OpKind.MEMORY:
+        read, write = update_reader(decoded, 0), writer(decoded, 0)
+    else:
+        # The operand is 16 bits wide, whatever the operand size.
+        register = Register.AX + register_info(instruction.op0_register).number
+        read, write = register_reader(register), register_writer(register)
+    selector = read(ctx)
+    rpl = read_register(words, instruction.op1_register) & SELECTOR_RPL
+    is_lower = selector & SELECTOR_RPL < rpl
+    write(ctx, selector & ~SELECTOR_RPL | rpl if is_lower else selector)
     _complete_with_zf(ctx, decoded, is_lower)
 
 

@@ -12,6 +12,7 @@ import fcntl
 import os
 from dataclasses import dataclass
 
+from lasskvm.errors import HostError
 from lasskvm.kvm.host import abi
 
 __all__ = ["API_VERSION", "Ioctl", "KvmIoctlError"]
@@ -50,8 +51,11 @@ _HINTS = {
 _UNKNOWN_REQUEST = "the KVM of this host does not know it"
 
 
-class KvmIoctlError(OSError):
-    """An ioctl on /dev/kvm failed: *errno* says how, *ioctl* which; the text says both and, if known, why."""
+class KvmIoctlError(OSError, HostError):
+    """An ioctl on /dev/kvm failed: ``errno`` says how, ``ioctl`` which; the text says both and, if known, why.
+
+    It is an OSError like those of the soft provider, and a refusal of the host where nobody expects it.
+    """
 
     def __init__(self, ioctl: str, number: int, hint: str = "") -> None:
         self.ioctl = ioctl
@@ -159,6 +163,7 @@ KVM_GET_CPUID2 = _iowr("KVM_GET_CPUID2", 0x91, abi.Cpuid2)
 KVM_GET_MP_STATE = _ior("KVM_GET_MP_STATE", 0x98, abi.MpState)
 KVM_SET_MP_STATE = _iow("KVM_SET_MP_STATE", 0x99, abi.MpState)
 KVM_NMI = _io("KVM_NMI", 0x9A)
+KVM_GET_TSC_KHZ = _io("KVM_GET_TSC_KHZ", 0xA3)
 KVM_SET_GUEST_DEBUG = _iow("KVM_SET_GUEST_DEBUG", 0x9B, abi.GuestDebug)
 KVM_GET_VCPU_EVENTS = _ior("KVM_GET_VCPU_EVENTS", 0x9F, abi.VcpuEvents)
 KVM_SET_VCPU_EVENTS = _iow("KVM_SET_VCPU_EVENTS", 0xA0, abi.VcpuEvents)

@@ -100,6 +100,10 @@ class Vcpu:
         """``KVM_GET_CPUID2``."""
         return read_cpuid(ioctl.KVM_GET_CPUID2, self._descriptor.number)
 
+    def get_tsc_khz(self) -> int:
+        """``KVM_GET_TSC_KHZ``: how fast the guest's time-stamp counter runs."""
+        return ioctl.KVM_GET_TSC_KHZ(self._descriptor.number)
+
     # --------------------------------------------------------------------------------------------------- registers
 
     def get_regs(self) -> Regs:

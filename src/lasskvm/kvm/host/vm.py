@@ -27,6 +27,7 @@ _TSS_ADDRESS = 0xFEFF_D000
 _IDENTITY_MAP_ADDRESS = 0xFEFF_C000
 _VCPU_NUMBER = 0
 
+_PIT_SPEAKER_DUMMY = 1 << 0
 # KVM_MSR_FILTER_*, and KVM_MSR_EXIT_REASON_FILTER
 _FILTER_READ = 1 << 0
 _FILTER_WRITE = 1 << 1
@@ -154,8 +155,8 @@ class Vm:
         self._irqchip = True
 
     def create_pit2(self) -> None:
-        """``KVM_CREATE_PIT2``: an 8254 on IRQ 0; the irqchip must exist."""
-        ioctl.KVM_CREATE_PIT2(self._descriptor.number, abi.PitConfig())
+        """``KVM_CREATE_PIT2``: an 8254 on IRQ 0, and port 61H, which gates its channel 2; the irqchip must exist."""
+        ioctl.KVM_CREATE_PIT2(self._descriptor.number, abi.PitConfig(flags=_PIT_SPEAKER_DUMMY))
 
     def irq_line(self, line: int, level: bool) -> None:
         """``KVM_IRQ_LINE``: drive line *line* of the irqchip."""
