@@ -13,6 +13,7 @@ from lasskvm.state import (
     CR4,
     EFER,
     KERNEL_GS_BASE,
+    PKRS,
     PKRU,
     R9,
     RAX,
@@ -27,6 +28,7 @@ from lasskvm.state import (
     Segment,
     segment_word,
 )
+from lasskvm.x86 import msr
 from lasskvm.x86.cpu_models import parse_cpu
 from lasskvm.x86.cpuid import CpuidTable
 from lasskvm.x86.exceptions import BR, GP, PF, PF_P, PF_PK, PF_U, PF_W, UD
@@ -65,7 +67,7 @@ RDFSBASE_RAX, RDFSBASE_EAX, RDGSBASE_R9 = "f3480faec0", "f30faec0", "f3490faec9"
 WRFSBASE_RAX, WRFSBASE_EAX, WRGSBASE_RAX = "f3480faed0", "f30faed0", "f3480faed8"
 RDPID_RAX, RDPKRU, WRPKRU = "f30fc7f8", "0f01ee", "0f01ef"
 SWAPGS, STAC, CLAC, SERIALIZE = "0f01f8", "0f01cb", "0f01ca", "0f01e8"
-XGETBV = "0f01d0"
+XGETBV, WRMSR, RDMSR = "0f01d0", "0f30", "0f32"
 
 
 def with_cpu(guest: Guest, cpu: str) -> Guest:
@@ -340,6 +342,21 @@ def test_protection_keys_stop_emulated_data_accesses_but_no_fetch(user: Guest) -
     user.words[PKRU] = 2 << 2 * 3
     user.run("0fae38")
     assert user.fault_of("0f0100") == (PF, PF_P | PF_U | PF_W | PF_PK)
+
+
+def test_pkrs_is_a_32_bit_register_of_processors_with_pks(guest: Guest) -> None:
+    guest.words[RCX], guest.words[RAX], guest.words[RDX] = msr.MSR_IA32_PKRS, 0x1234_5678, 0
+    assert guest.fault_of(WRMSR) == (GP, 0)
+    assert guest.fault_of(RDMSR) == (GP, 0)
+    guest.ctx.msrs.cpuid = with_cpu(guest, "max,+pks").ctx.cpuid
+    guest.run(WRMSR)
+    assert guest.words[PKRS] == 0x1234_5678
+    assert guest.words[TLB_FLUSH] == 1
+    guest.words[RAX] = 0
+    guest.run(RDMSR)
+    assert guest.words[RAX] == 0x1234_5678
+    guest.words[RDX] = 1
+    assert guest.fault_of(WRMSR) == (GP, 0)
 
 
 # ---------------------------------------------------------------------------------------- SMAP, and all the rest

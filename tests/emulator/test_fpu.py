@@ -51,6 +51,7 @@ def fpu() -> FpuState:
     state.mxcsr, state.fcw, state.fsw = 0x5FA1, 0x0B7F, 0x4521
     state.top, state.ftw = 5, 0b1010_0110
     state.fop, state.fip, state.fdp = 0x5D9, 0xFFFF_8000_1234_5678, 0x7FFF_8765_4321
+    state.fcs, state.fds = 0x33, 0x2B
     return state
 
 
@@ -148,14 +149,17 @@ def test_fxsave_image_has_the_stack_from_its_top_and_everything_in_place(fpu: Fp
 def test_legacy_fxsave_image_has_eight_registers_and_32_bit_pointers(fpu: FpuState) -> None:
     image = fxsave_image(fpu, wide_pointers=False, xmm_registers=8)
     assert len(image) == FXSAVE_XMM + 8 * 16
-    assert int.from_bytes(image[8:16], "little") == fpu.fip & 0xFFFF_FFFF
-    assert int.from_bytes(image[16:24], "little") == fpu.fdp & 0xFFFF_FFFF
+    assert int.from_bytes(image[8:16], "little") == 0x33_1234_5678
+    assert int.from_bytes(image[16:24], "little") == 0x2B_8765_4321
 
 
 def test_fxsave_image_is_loaded_as_it_was_stored(fpu: FpuState) -> None:
-    other = FpuState()
-    load_fxsave_image(other, fxsave_image(fpu, wide_pointers=True), wide_pointers=True)
-    assert fields(other) == fields(fpu)
+    for wide in (True, False):
+        # There is no place for both, selectors and the upper halves of offsets.
+        dropped = {"fcs": 0, "fds": 0} if wide else {"fip": 0x1234_5678, "fdp": 0x8765_4321}
+        other = FpuState()
+        load_fxsave_image(other, fxsave_image(fpu, wide_pointers=wide), wide_pointers=wide)
+        assert fields(other) == fields(fpu) | dropped
 
 
 def test_fxsave_image_without_sse_leaves_sse_alone(fpu: FpuState) -> None:
@@ -172,11 +176,11 @@ def test_protected_mode_environment(fpu: FpuState) -> None:
     words = [int.from_bytes(image[at : at + 4], "little") for at in range(0, 28, 4)]
     assert words[:2] == [0x0B7F, 0x6D21]
     assert words[2] == full_tag_word(fpu)
-    assert words[3:] == [0x1234_5678, 0x5D9 << 16, 0x8765_4321, 0]
+    assert words[3:] == [0x1234_5678, 0x5D9 << 16 | 0x33, 0x8765_4321, 0x2B]
 
 
 def test_real_mode_environment_splits_linear_addresses(fpu: FpuState) -> None:
-    fpu.fip, fpu.fdp = 0x12345, 0xABCDE
+    fpu.fcs, fpu.fip, fpu.fds, fpu.fdp = 0x1234, 0x5, 0xABCD, 0xE
     image = environment_image(fpu, 2, real_mode=True)
     words = [int.from_bytes(image[at : at + 2], "little") for at in range(0, environment_bytes(2), 2)]
     assert words[3:] == [0x2345, 0x1 << 12 | 0x5D9, 0xBCDE, 0xA << 12]
@@ -186,7 +190,10 @@ def test_real_mode_environment_splits_linear_addresses(fpu: FpuState) -> None:
 @pytest.mark.parametrize("width", [4, 2])
 def test_environment_is_loaded_as_it_was_stored(fpu: FpuState, width: int, real_mode: bool) -> None:
     fpu.fip, fpu.fdp = 0x1234, 0x5678
-    if width == 2 and not real_mode:
+    if real_mode:
+        # Linear addresses: no selectors.
+        fpu.fcs = fpu.fds = 0
+    elif width == 2:
         # That format has no place for the opcode.
         fpu.fop = 0
     other = FpuState()

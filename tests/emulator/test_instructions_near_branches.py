@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
-from both_paths import run_on_both_paths
 from emulator_guest import CODE, KERNEL_STACK, UPPER, USER_CODE, Guest
 from legacy_modes import (
     CODE_BASE,
@@ -20,8 +17,6 @@ from legacy_modes import (
     run,
 )
 
-from lasskvm.conformance.guest import Guest as WholeGuest
-from lasskvm.conformance.layout import KERNEL_STACK_TOP
 from lasskvm.emulator.decode import Decoded, decode
 from lasskvm.emulator.execution import execute
 from lasskvm.emulator.faults import GuestFault
@@ -59,12 +54,6 @@ CALL_AT_RBX = "ff13"
 JMP_RAX = "ffe0"
 JMP_AT_RBX = "ff23"
 RET = "c3"
-
-
-@pytest.fixture(scope="module")
-def whole_guest() -> WholeGuest:
-    """A guest with both ways to execute."""
-    return WholeGuest()
 
 
 @pytest.fixture(params=["walked", "cached"])
@@ -421,49 +410,3 @@ def test_compatibility_mode_branches_within_32_bits(guest: Guest) -> None:
     run(guest, "c3")
     assert guest.words[RIP] == USER_CODE + 5
     assert guest.words[segment_word(CS, LIMIT)] == LIMIT32
-
-
-# ------------------------------------------------------------------------------------------ both paths
-
-PROGRAMS = {
-    "loop over calls": "mov rcx, 3; again: call sub; loop again; jrcxz out; nop; sub: inc rax; ret; out: nop",
-    "conditions": "cmp rax, rbx; jl less; jo less; or dl, 1; less: ja above; or dl, 2; above: jp end; inc dl; end: nop",
-    "loope": "again: cmp rax, rcx; loopne again; loope out; nop; out: nop",
-    "16-bit immediate": "push 1; push 2; call sub; jmp out; sub: ret 16; out: nop",
-    "jump to a hole": "jmp rbx",
-    "ret to a hole": "push rbx; ret",
-    "kernel stack": "mov rsp, rdi; call out; out: nop",
-}
-
-
-@pytest.mark.parametrize("cpl", [0, 3])
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_branches_lead_where_they_do_in_direct_execution(
-    whole_guest: WholeGuest, name: str, cpl: int
-) -> None:
-    direct, emulated = run_on_both_paths(
-        whole_guest,
-        PROGRAMS[name],
-        cpl=cpl,
-        rax=5,
-        rbx=0x8000_0000_0000,
-        rcx=9,
-        rdi=KERNEL_STACK_TOP,
-    )
-    assert emulated == direct
-
-
-def test_call_into_the_canonical_hole_faults_as_in_direct_execution(whole_guest: WholeGuest) -> None:
-    """What is below the stack pointer may differ: direct execution has pushed before it finds out."""
-    direct, emulated = run_on_both_paths(whole_guest, "call rbx", rbx=NOT_CANONICAL)
-    assert replace(emulated, memory="") == replace(direct, memory="")
-    assert direct.event == str(GP)
-
-
-@pytest.mark.parametrize("name", ["loop over calls", "16-bit immediate"])
-def test_branches_of_compatibility_mode_lead_where_they_do_in_direct_execution(
-    whole_guest: WholeGuest, name: str
-) -> None:
-    source = PROGRAMS[name].replace("rcx", "ecx").replace("rax", "eax").replace("jrcxz", "jecxz")
-    direct, emulated = run_on_both_paths(whole_guest, source.replace("16", "8"), cpl=3, bits=32)
-    assert emulated == direct

@@ -14,11 +14,10 @@ from legacy_modes import (
     run,
 )
 
-from lasskvm.emulator.decode import fetch_instruction
 from lasskvm.emulator.execution import emulate_instruction
 from lasskvm.emulator.faults import GuestFault
 from lasskvm.emulator.mmio import MmioReadNeeded
-from lasskvm.emulator.port_io import PortAccessNeeded, begin, breakpoint_hits, finish_element
+from lasskvm.emulator.port_io import PortAccessNeeded, breakpoint_hits, finish_element
 from lasskvm.memory import PAGE_SIZE
 from lasskvm.state import (
     ATTRIBUTES,
@@ -384,14 +383,3 @@ def test_io_breakpoint_traps_behind_the_instruction(guest: Guest) -> None:
     assert guest.words[DR6] == DR6_FIXED | 2
     assert guest.words[RIP] == CODE + 16 * DB
     assert guest.frame(1) == [CODE + 1]
-
-
-# -------------------------------------------------------------------------------------- for direct execution
-
-
-def test_begin_says_what_the_instruction_at_rip_asks(guest: Guest) -> None:
-    guest.words[RDX], guest.words[RAX] = PORT, 0x1234
-    guest.write_code(bytes.fromhex(OUT_DX_AX))
-    access = begin(guest.ctx)
-    assert (access.port, access.size, access.write, access.value) == (PORT, 2, True, 0x1234)
-    assert access.decoded is fetch_instruction(guest.ctx)

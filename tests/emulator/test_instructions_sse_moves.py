@@ -17,12 +17,22 @@ VALUE = HIGH << 64 | LOW
 ONES = (1 << 128) - 1
 
 #: XMM1 to and from [RBX].
-ALIGNED_LOADS = {"movaps": "0f 28 0b", "movapd": "66 0f 28 0b", "movdqa": "66 0f 6f 0b", "movntdqa": "66 0f 38 2a 0b"}
+ALIGNED_LOADS = {
+    "movaps": "0f 28 0b",
+    "movapd": "66 0f 28 0b",
+    "movdqa": "66 0f 6f 0b",
+    "movntdqa": "66 0f 38 2a 0b",
+}
 ALIGNED_STORES = {
     "movaps": "0f 29 0b", "movapd": "66 0f 29 0b", "movdqa": "66 0f 7f 0b", "movntps": "0f 2b 0b",
     "movntpd": "66 0f 2b 0b", "movntdq": "66 0f e7 0b",
 }  # fmt: skip
-UNALIGNED_LOADS = {"movups": "0f 10 0b", "movupd": "66 0f 10 0b", "movdqu": "f3 0f 6f 0b", "lddqu": "f2 0f f0 0b"}
+UNALIGNED_LOADS = {
+    "movups": "0f 10 0b",
+    "movupd": "66 0f 10 0b",
+    "movdqu": "f3 0f 6f 0b",
+    "lddqu": "f2 0f f0 0b",
+}
 UNALIGNED_STORES = {"movups": "0f 11 0b", "movupd": "66 0f 11 0b", "movdqu": "f3 0f 7f 0b"}
 LOADS, STORES = ALIGNED_LOADS | UNALIGNED_LOADS, ALIGNED_STORES | UNALIGNED_STORES
 
@@ -80,7 +90,9 @@ def test_operands_of_operations_must_be_aligned(guest: Guest, code: str) -> None
     assert guest.fault_of(code) == (GP, 0)
 
 
-@pytest.mark.parametrize("code", [UNALIGNED_LOADS["movdqu"], UNALIGNED_LOADS["lddqu"], UNALIGNED_LOADS["movups"]])
+@pytest.mark.parametrize(
+    "code", [UNALIGNED_LOADS["movdqu"], UNALIGNED_LOADS["lddqu"], UNALIGNED_LOADS["movups"]]
+)
 def test_unaligned_load_crosses_pages(guest: Guest, code: str) -> None:
     put(guest, AREA + 0xFF9, VALUE)
     guest.words[RBX] = AREA + 0xFF9

@@ -1,9 +1,8 @@
-"""PUSH, POP and their relatives, stack frames, and the flags that IOPL guards."""
+"""PUSH, POP and their relatives, and stack frames."""
 
 from __future__ import annotations
 
 import pytest
-from both_paths import run_on_both_paths
 from emulator_guest import CODE, KERNEL_STACK, UPPER, Guest
 from legacy_modes import (
     DATA_BASE,
@@ -13,20 +12,15 @@ from legacy_modes import (
     enter_compatibility_mode,
     enter_protected_mode,
     enter_real_mode,
-    enter_virtual_8086_mode,
     run,
 )
 
-from lasskvm.conformance.guest import Guest as WholeGuest
-from lasskvm.emulator.faults import GuestFault, Unhandleable
+from lasskvm.emulator.faults import GuestFault
 from lasskvm.emulator.stack import Stack
 from lasskvm.state import (
-    CPL,
     CR0,
-    CR4,
     DR0,
     DR7,
-    INTERRUPT_SHADOW,
     LIMIT,
     RAX,
     RBP,
@@ -40,38 +34,18 @@ from lasskvm.state import (
     RSP,
     segment_word,
 )
-from lasskvm.x86.exceptions import AC, DB, GP, PF, PF_W
+from lasskvm.x86.exceptions import AC, GP, PF, PF_W
 from lasskvm.x86.exceptions import SS as STACK_FAULT
 from lasskvm.x86.registers import (
     CR0_AM,
-    CR4_PVI,
-    CR4_VME,
     DS,
     RFLAGS_AC,
-    RFLAGS_CF,
-    RFLAGS_DF,
-    RFLAGS_FIXED,
-    RFLAGS_ID,
-    RFLAGS_IF,
-    RFLAGS_IOPL,
-    RFLAGS_NT,
-    RFLAGS_RF,
-    RFLAGS_TF,
-    RFLAGS_VM,
-    RFLAGS_ZF,
     SS,
 )
 
 VALUE = 0x8877_6655_4433_2211
-PUSHF, POPF, CLI, STI = "9c", "9d", "fa", "fb"
 #: A page-aligned place inside the kernel's stack area.
 STACK_PAGE = KERNEL_STACK & ~0xFFF
-
-
-@pytest.fixture(scope="module")
-def whole_guest() -> WholeGuest:
-    """A guest with both ways to execute."""
-    return WholeGuest()
 
 
 @pytest.fixture(params=["walked", "cached"])
@@ -349,6 +323,15 @@ def test_pusha_that_runs_out_of_the_segment_halfway_stores_nothing(guest: Guest)
     assert words[RSP] == 8
 
 
+def test_compatibility_mode_pushes_32_bits(guest: Guest) -> None:
+    enter_compatibility_mode(guest)
+    top = guest.words[RSP]
+    guest.words[RAX] = VALUE & 0xFFFFFFFF
+    run(guest, "50")
+    assert guest.words[RSP] == top - 4
+    assert guest.load(top - 4, 4) == VALUE & 0xFFFFFFFF
+
+
 # --------------------------------------------------------------------------------------------- stack frames
 
 
@@ -417,181 +400,3 @@ def test_16_bit_leave_keeps_the_rest_of_rbp(kernel: Guest) -> None:
     kernel.run("66c9")
     assert kernel.words[RSP] == KERNEL_STACK - 0x7E
     assert kernel.words[RBP] == KERNEL_STACK & ~0xFFFF | 0x2211
-
-
-# --------------------------------------------------------------------------------------------------- RFLAGS
-
-
-def test_pushf_stores_rf_as_0(guest: Guest) -> None:
-    guest.words[RFLAGS] |= RFLAGS_RF | RFLAGS_ID | RFLAGS_AC
-    guest.run(PUSHF)
-    assert guest.frame(1) == [RFLAGS_FIXED | RFLAGS_IF | RFLAGS_ID | RFLAGS_AC]
-
-
-def test_pushf_of_virtual_8086_mode_stores_vm_as_0(guest: Guest) -> None:
-    enter_virtual_8086_mode(guest, iopl=3)
-    run(guest, "66" + PUSHF)
-    assert guest.memory.load(STACK_BASE + STACK_TOP - 4, 4) == RFLAGS_FIXED | RFLAGS_IOPL
-
-
-@pytest.mark.parametrize("code", [PUSHF, POPF, CLI, STI])
-@pytest.mark.parametrize("iopl", [0, 1, 2])
-def test_flags_of_virtual_8086_mode_need_iopl_3(guest: Guest, code: str, iopl: int) -> None:
-    enter_virtual_8086_mode(guest, iopl)
-    with pytest.raises(GuestFault) as caught:
-        run(guest, code)
-    assert (caught.value.vector, caught.value.error_code) == (GP, 0)
-    assert (guest.words[RSP], guest.words[RIP]) == (STACK_TOP, START)
-
-
-def test_popf_of_virtual_8086_mode_with_iopl_3_changes_if_but_not_iopl_and_vm(guest: Guest) -> None:
-    enter_virtual_8086_mode(guest, iopl=3)
-    guest.memory.store(STACK_BASE + STACK_TOP, 4, RFLAGS_IF | RFLAGS_NT)
-    run(guest, "66" + POPF)
-    assert guest.words[RFLAGS] == RFLAGS_FIXED | RFLAGS_IF | RFLAGS_NT | RFLAGS_IOPL | RFLAGS_VM
-
-
-@pytest.mark.parametrize(
-    "cpl, iopl, changes", [(0, 0, RFLAGS_IF | RFLAGS_IOPL), (3, 3, RFLAGS_IF), (1, 1, RFLAGS_IF), (3, 2, 0)]
-)
-def test_popf_changes_if_and_iopl_as_privilege_allows(
-    guest: Guest, cpl: int, iopl: int, changes: int
-) -> None:
-    words = guest.words
-    words[CPL] = cpl
-    if cpl == 3:
-        guest.enter_user()
-    before = RFLAGS_FIXED | iopl << 12
-    words[RFLAGS] = before
-    flipped = (RFLAGS_IF | RFLAGS_IOPL) ^ (iopl << 12)
-    others = RFLAGS_CF | RFLAGS_DF | RFLAGS_NT | RFLAGS_AC | RFLAGS_ID
-    guest.store(words[RSP], 8, flipped | others | (1 << 63 | RFLAGS_RF | RFLAGS_VM))
-    guest.run(POPF)
-    assert words[RFLAGS] == before & ~changes | flipped & changes | others
-
-
-def test_16_bit_popf_leaves_the_upper_flags(guest: Guest) -> None:
-    guest.words[RFLAGS] |= RFLAGS_AC | RFLAGS_ID
-    guest.store(KERNEL_STACK, 8, RFLAGS_ZF)
-    guest.run("66" + POPF)
-    assert guest.words[RFLAGS] == RFLAGS_FIXED | RFLAGS_ZF | RFLAGS_AC | RFLAGS_ID
-    assert guest.words[RSP] == KERNEL_STACK + 2
-
-
-def test_popf_that_sets_tf_is_not_itself_stepped(guest: Guest) -> None:
-    guest.store(KERNEL_STACK, 8, RFLAGS_TF)
-    guest.run(POPF)
-    assert guest.words[RFLAGS] & RFLAGS_TF
-    with pytest.raises(GuestFault) as caught:
-        guest.run("50")
-    assert caught.value.vector == DB
-
-
-def test_popf_that_clears_tf_is_stepped_for_the_last_time(guest: Guest) -> None:
-    guest.words[RFLAGS] |= RFLAGS_TF
-    guest.store(KERNEL_STACK, 8, 0)
-    with pytest.raises(GuestFault) as caught:
-        guest.run(POPF)
-    assert caught.value.vector == DB
-    assert guest.words[RIP] == CODE + 1
-    assert not guest.words[RFLAGS] & RFLAGS_TF
-
-
-def test_sti_holds_interrupts_back_for_one_instruction_when_it_enables_them(guest: Guest) -> None:
-    guest.words[RFLAGS] &= ~RFLAGS_IF
-    guest.run(STI)
-    assert guest.words[RFLAGS] & RFLAGS_IF
-    assert guest.words[INTERRUPT_SHADOW] == 1
-    guest.run(STI)
-    assert guest.words[INTERRUPT_SHADOW] == 0
-
-
-def test_cli_and_popf_cast_no_shadow(guest: Guest) -> None:
-    guest.run(CLI)
-    assert not guest.words[RFLAGS] & RFLAGS_IF
-    guest.store(KERNEL_STACK, 8, RFLAGS_IF)
-    guest.run(POPF)
-    assert guest.words[RFLAGS] & RFLAGS_IF
-    assert guest.words[INTERRUPT_SHADOW] == 0
-
-
-@pytest.mark.parametrize("code", [CLI, STI])
-def test_cli_and_sti_need_iopl_in_protected_mode(user: Guest, code: str) -> None:
-    for iopl in (0, 1, 2):
-        user.words[RFLAGS] = RFLAGS_FIXED | iopl << 12
-        assert user.fault_of(code) == (GP, 0)
-    user.words[RFLAGS] = RFLAGS_FIXED | RFLAGS_IOPL
-    user.run(code)
-    assert bool(user.words[RFLAGS] & RFLAGS_IF) == (code == STI)
-
-
-def test_real_mode_needs_no_iopl(guest: Guest) -> None:
-    enter_real_mode(guest)
-    run(guest, STI)
-    assert guest.words[RFLAGS] & RFLAGS_IF
-
-
-def test_virtual_interrupt_flag_is_not_implemented(guest: Guest) -> None:
-    guest.enter_user()
-    guest.words[CR4] |= CR4_PVI
-    with pytest.raises(Unhandleable, match="PVI"):
-        guest.run(CLI)
-    enter_virtual_8086_mode(guest, iopl=0)
-    guest.words[CR4] |= CR4_VME
-    with pytest.raises(Unhandleable, match="VME"):
-        run(guest, CLI)
-
-
-def test_compatibility_mode_pushes_32_bits(guest: Guest) -> None:
-    enter_compatibility_mode(guest)
-    top = guest.words[RSP]
-    guest.words[RAX] = VALUE & 0xFFFFFFFF
-    run(guest, "50")
-    assert guest.words[RSP] == top - 4
-    assert guest.load(top - 4, 4) == VALUE & 0xFFFFFFFF
-
-
-# ------------------------------------------------------------------------------------------------ both paths
-
-PROGRAMS64 = {
-    "registers": "push rax; push bx; pop cx; pop rdx; push rsp; pop r8",
-    "memory": "mov rbp, rsp; push qword [rbp + 8]; pop qword [rsp + 16]; push word [rbp + 2]; pop word [rbp - 32]",
-    "immediates": "push -5; push 0x12345678; pop rax; pop rbx",
-    "flags": "pushfq; pop rax; or rax, 0x4cd5; push rax; popfq; pushfq; pop rbx; push 2; popfq",
-    "frames": "enter 32, 0; enter 16, 1; enter 16, 2; enter 8, 4; leave; leave",
-    "supervisor stack": "mov rsp, rdi; push rax",
-    "absent stack": "mov rsp, rsi; enter 16, 3",
-    "frame in a hole": "mov rbp, rbx; leave",
-}
-PROGRAMS32 = {
-    "all": "pushad; popad; pushaw; popaw",
-    "registers": "push eax; push bx; pop cx; pop edx; push esp; pop edi",
-    "frames": "enter 32, 0; enter 16, 1; enter 16, 2; enter 8, 4; leave; leave",
-    "flags": "pushfd; pop eax; or eax, 0x244cd5; push eax; popfd; pushfd; pop ebx; push 2; popfd",
-}
-
-
-@pytest.mark.parametrize("cpl", [0, 3])
-@pytest.mark.parametrize("name", PROGRAMS64)
-def test_stack_ends_up_as_in_direct_execution(whole_guest: WholeGuest, name: str, cpl: int) -> None:
-    direct, emulated = run_on_both_paths(
-        whole_guest,
-        PROGRAMS64[name],
-        cpl=cpl,
-        rax=VALUE,
-        rbx=0x8000_0000_0000,
-        rcx=3,
-        rdi=0xFFFF_8000_0003_2000,
-        rsi=0x700010,
-    )
-    assert emulated == direct
-
-
-@pytest.mark.parametrize("name", PROGRAMS32)
-def test_stack_of_compatibility_mode_ends_up_as_in_direct_execution(
-    whole_guest: WholeGuest, name: str
-) -> None:
-    direct, emulated = run_on_both_paths(
-        whole_guest, PROGRAMS32[name], cpl=3, bits=32, rax=0x44332211, rbx=0x12345678
-    )
-    assert emulated == direct

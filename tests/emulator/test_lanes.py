@@ -41,7 +41,9 @@ def vectors(width: int, seed: int) -> list[tuple[int, int]]:
     return pairs + [(left, left ^ 1 << rng.randrange(width)) for left, _ in pairs[:20]]
 
 
-def check(operation: Binary, lane: int, width: int, one_lane: Callable[[int, int], int], signed: bool) -> None:
+def check(
+    operation: Binary, lane: int, width: int, one_lane: Callable[[int, int], int], signed: bool
+) -> None:
     split, join = splitter(lane, width, signed=signed), joiner(lane)
     for left, right in vectors(width, lane):
         expected = join([one_lane(a, b) for a, b in zip(split(left), split(right), strict=True)])
@@ -84,14 +86,18 @@ class TestAllLanes:
 
     def test_shifts_keep_to_their_lane(self, lane: int, width: int) -> None:
         for count in (0, 1, lane // 2, lane - 1, lane, lane + 1, 1 << 40):
-            left, right, arithmetic = (
-                shifter(lane, width, way) for way in ("left", "right", "arithmetic")
-            )
+            left, right, arithmetic = (shifter(lane, width, way) for way in ("left", "right", "arithmetic"))
             effective = min(count, lane)
             check(lambda a, b, s=left, c=count: s(a, c), lane, width, lambda a, b, c=effective: a << c, False)
-            check(lambda a, b, s=right, c=count: s(a, c), lane, width, lambda a, b, c=effective: a >> c, False)
             check(
-                lambda a, b, s=arithmetic, c=count: s(a, c), lane, width, lambda a, b, c=effective: a >> c, True
+                lambda a, b, s=right, c=count: s(a, c), lane, width, lambda a, b, c=effective: a >> c, False
+            )
+            check(
+                lambda a, b, s=arithmetic, c=count: s(a, c),
+                lane,
+                width,
+                lambda a, b, c=effective: a >> c,
+                True,
             )
 
 
@@ -100,7 +106,7 @@ def test_packing_saturates_and_puts_the_left_vector_first(signed: bool) -> None:
     left = joiner(16)([0x1234, -0x8000, 0x7F, 0x80, -1, 0xFF, 0x100, 0])
     packed = splitter(8, 128, signed=signed)(packer(16, 128, signed=signed)(left, 0))
     expected = [clamp(value, 8, signed) for value in (0x1234, -0x8000, 0x7F, 0x80, -1, 0xFF, 0x100, 0)]
-    assert packed == expected + [0] * 8
+    assert list(packed) == expected + [0] * 8
 
 
 def test_selected_bytes_come_from_left_right_or_are_zero() -> None:

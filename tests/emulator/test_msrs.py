@@ -126,8 +126,8 @@ def test_sfmask_and_tsc_aux_have_32_bits(guest: Guest) -> None:
     assert guest.words[TSC_AUX] == 7
 
 
-def test_tsc_aux_needs_rdtscp(guest: Guest) -> None:
-    without_features(guest, "max,-rdtscp")
+def test_tsc_aux_needs_rdtscp_or_rdpid(guest: Guest) -> None:
+    without_features(guest, "max,-rdtscp,-rdpid")
     assert rejects_read(guest, msr.MSR_IA32_TSC_AUX)
     assert rejects_write(guest, msr.MSR_IA32_TSC_AUX, 0)
 

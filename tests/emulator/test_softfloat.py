@@ -148,7 +148,9 @@ def test_rounding_modes(mode: int, positive: int, negative: int) -> None:
 
 
 def test_halves_are_rounded_to_even() -> None:
-    rounded = [to_integer(unpack(DOUBLE, bits_of(value)), ROUND_NEAREST)[0] for value in (0.5, 1.5, 2.5, -2.5)]
+    rounded = [
+        to_integer(unpack(DOUBLE, bits_of(value)), ROUND_NEAREST)[0] for value in (0.5, 1.5, 2.5, -2.5)
+    ]
     assert rounded == [0, 2, 2, -2]
 
 

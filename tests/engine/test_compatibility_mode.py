@@ -80,7 +80,6 @@ def test_addresses_wrap_at_4_gib(guest: Guest) -> None:
 @pytest.mark.parametrize(
     ("source", "vector"), [("mov eax, fs:[ebx]", GP), ("mov eax, ss:[ebx]", SS), ("push eax", SS)]
 )
-@pytest.mark.xfail(strict=True, reason="the translator does not check segment limits")
 def test_segment_limits_apply(guest: Guest, source: str, vector: int) -> None:
     limited = Segment(layout.USER_SS, 0, 0xFFF, AR_DATA | 3 << AR_DPL_SHIFT)
     guest.sregs["fs"] = guest.sregs["ss"] = limited

@@ -17,7 +17,8 @@ from compiled_twins import (
     plain_result,
 )
 
-from lasskvm.engine import implicit, opcode, private, watch
+from lasskvm.emulator import watch
+from lasskvm.engine import implicit, opcode, private
 from lasskvm.engine.native import compiled
 from lasskvm.lass import WRITE
 from lasskvm.state import (

@@ -28,6 +28,7 @@ from lasskvm.x86.registers import (
     CR4_FSGSBASE,
     CR4_PCIDE,
     CR4_PKE,
+    CR4_PKS,
     CR4_SMAP,
     CR4_TSD,
     CR4_UMIP,
@@ -351,6 +352,23 @@ def test_keys_hold_the_kernel_off_user_pages_only(
         assert outcome.completed
     else:
         assert (outcome.vector, outcome.error_code, outcome.label) == (PF, error_code, "fault")
+
+
+def test_keys_of_supervisor_pages_follow_pkrs() -> None:
+    """Also when the page has been accessed before: the write to the MSR is what makes the difference."""
+    guest = Guest("max,+pks")
+    guest.cr4 |= CR4_PKS
+    guest.tables.map(HIGH_SUPERVISOR, page_of(HIGH_SUPERVISOR), KEY << PTE_KEY_SHIFT)
+    source = "inc byte [rbx]; mov ecx, 0x6E1; xor edx, edx; wrmsr; read: mov al, [rbx]; write: mov [rbx], al"
+    assert guest.execute(source, rbx=HIGH_SUPERVISOR, rax=0).completed
+    write_disabled = guest.execute(source, rbx=HIGH_SUPERVISOR, rax=WRITE_DISABLE)
+    assert (write_disabled.vector, write_disabled.error_code, write_disabled.label) == (
+        PF, PF_P | PF_W | PF_PK, "write"
+    )  # fmt: skip
+    access_disabled = guest.execute(source, rbx=HIGH_SUPERVISOR, rax=ACCESS_DISABLE)
+    assert (access_disabled.vector, access_disabled.error_code, access_disabled.label) == (
+        PF, PF_P | PF_PK, "read"
+    )  # fmt: skip
 
 
 def test_cpuid_shows_ospke_and_cr4_reads_as_written(keys: Guest) -> None:

@@ -69,9 +69,9 @@ def resume(guest: Guest) -> EngineExit:
     return guest.vcpu.engine.run()
 
 
-def program(guest: Guest, source: str, **registers: int) -> tuple[int, bytes]:
+def program(guest: Guest, source: str, *, cpl: int = 0, **registers: int) -> tuple[int, bytes]:
     """Make the vCPU ready to execute *source* alone; where it is, and its bytes without the INT behind it."""
-    assembled = guest.start(source, **registers)
+    assembled = guest.start(source, cpl=cpl, bits=64, at=None, rflags=0, handlers=None, **registers)
     return assembled.address, assembled.code[:-2]
 
 

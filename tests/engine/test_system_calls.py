@@ -238,10 +238,6 @@ def test_iret_from_a_stack_that_lass_forbids_is_ss(guest: Guest) -> None:
     assert outcome.rsp == LOW_USER
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the stack accesses of far transfers at CPL 3 find translations that the kernel left behind",
-)
 @pytest.mark.parametrize("source", ["retfq", "iretq", "call tbyte [rsi]"])
 @pytest.mark.parametrize("lass", [False, True])
 def test_far_transfer_in_user_mode_may_not_use_the_kernels_memory_as_stack(

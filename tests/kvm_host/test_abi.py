@@ -9,6 +9,7 @@ import os
 import pytest
 
 from lasskvm.kvm.host import KvmIoctlError, abi, ioctls
+from lasskvm.kvm.host.run_abi import Run
 
 SIZES = {
     abi.Regs: 144,
@@ -49,11 +50,11 @@ def test_a_structure_has_the_size_that_the_kernel_gives_it(structure: type[ctype
 
 
 def test_kvm_run_begins_as_the_kernel_writes_it() -> None:
-    run = abi.Run()
+    run = Run()
     start = ctypes.addressof(run)
-    assert abi.Run.immediate_exit.offset == 1
-    assert abi.Run.exit_reason.offset == 8
-    assert abi.Run.cr8.offset == 16
+    assert Run.immediate_exit.offset == 1
+    assert Run.exit_reason.offset == 8
+    assert Run.cr8.offset == 16
     offsets = {
         "io.data_offset": ctypes.addressof(run.io) - start + type(run.io).data_offset.offset,
         "mmio.len": ctypes.addressof(run.mmio) - start + type(run.mmio).len.offset,

@@ -85,6 +85,8 @@ _DATA_PAGES = (
 )
 #: The end of what is behind the pages to access.
 DATA_END = DATA_GPA + 0x10000
+#: Behind them, pages for cases to map where they like.
+SPARE_GPA, CASE_MEMORY_END = DATA_END, DATA_END + 0x10000
 
 # Selectors. Those of user mode stand in the order that SYSRET and SYSEXIT want.
 KERNEL_CS, KERNEL_SS = 0x08, 0x10
@@ -95,12 +97,12 @@ RING1_CS, RING1_SS, RING2_CS, RING2_SS = 0x61, 0x69, 0x72, 0x7A
 FREE_SELECTOR = 0x80
 #: A data segment in the LDT that any privilege level may load.
 LDT_DATA = 0x0F
-_GDT_BYTES, _LDT_BYTES = 0x100, 0x20
+GDT_BYTES, LDT_BYTES = 0x100, 0x20
 IO_BITMAP = TSS64_BYTES
 _IO_BITMAP_BYTES = 0x2001
 TSS_LIMIT = TSS64_BYTES + _IO_BITMAP_BYTES - 1
 
-_SELECTOR_INDEX = 0xFFF8
+SELECTOR_INDEX = 0xFFF8
 _CODE_SEGMENTS = {
     (64, 0): (KERNEL_CS, KERNEL_SS), (64, 1): (RING1_CS, RING1_SS), (64, 2): (RING2_CS, RING2_SS),
     (64, 3): (USER_CS, USER_SS), (32, 0): (KERNEL_CS32, KERNEL_SS), (32, 3): (USER_CS32, USER_SS),
@@ -112,7 +114,7 @@ DEFAULT_EFER = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE
 
 #: Interrupt vectors have 16-byte IDT entries, and handlers of 16 bytes.
 VECTORS = 256
-_GATE_BYTES = 16
+GATE_BYTES = 16
 HANDLER_BYTES = 16
 #: A gate's IST field that makes its handler run on ``IST_STACK_TOP``.
 IST = 1
@@ -224,8 +226,8 @@ def write_tables(memory: GuestMemory) -> None:
         set_descriptor(memory, cs, make_segment(0, MASK32, attributes | cpl << AR_DPL_SHIFT))
         set_descriptor(memory, ss, make_segment(0, MASK32, AR_DATA | cpl << AR_DPL_SHIFT))
     set_descriptor(memory, TSS_SELECTOR, make_segment(TSS & MASK32, TSS_LIMIT, AR_TSS64_BUSY), TSS >> 32)
-    set_descriptor(memory, LDT_SELECTOR, make_segment(LDT & MASK32, _LDT_BYTES - 1, AR_LDT), LDT >> 32)
-    memory.store(LDT_GPA + (LDT_DATA & _SELECTOR_INDEX), 8, ldt_data_descriptor())
+    set_descriptor(memory, LDT_SELECTOR, make_segment(LDT & MASK32, LDT_BYTES - 1, AR_LDT), LDT >> 32)
+    memory.store(LDT_GPA + (LDT_DATA & SELECTOR_INDEX), 8, ldt_data_descriptor())
     memory.store(TSS_GPA + TSS64_RSP0, 8, RING0_STACK_TOP)
     memory.store(TSS_GPA + TSS64_IST1, 8, IST_STACK_TOP)
     memory.store(TSS_GPA + TSS64_IO_MAP_BASE, 2, IO_BITMAP)
@@ -247,7 +249,7 @@ def ldt_data_descriptor() -> int:
 
 def set_descriptor(memory: GuestMemory, selector: int, low: int, high: int | None = None) -> None:
     """Write a GDT entry of 8 bytes, or 16 with *high*."""
-    gpa = GDT_GPA + (selector & _SELECTOR_INDEX)
+    gpa = GDT_GPA + (selector & SELECTOR_INDEX)
     memory.store(gpa, 8, low)
     if high is not None:
         memory.store(gpa + 8, 8, high)
@@ -266,7 +268,7 @@ def set_gate(
 ) -> None:
     """Write a 16-byte IDT entry."""
     attributes = gate_type | dpl << AR_DPL_SHIFT | (AR_P if present else 0)
-    gpa = IDT_GPA + vector * _GATE_BYTES
+    gpa = IDT_GPA + vector * GATE_BYTES
     memory.store(gpa, 8, make_gate(offset, selector, attributes, ist))
     memory.store(gpa + 8, 8, offset >> 32)
 
@@ -285,7 +287,7 @@ def initial_sregs(template: Sregs, cpl: int, bits: int, cr3: int) -> Sregs:
         cs=Segment(cs, 0, MASK32, code), ss=Segment(ss, 0, MASK32, AR_DATA | privilege), ds=data, es=data,
         fs=data, gs=data,
         tr=Segment(TSS_SELECTOR, TSS, TSS_LIMIT, AR_TSS64_BUSY),
-        ldt=Segment(LDT_SELECTOR, LDT, _LDT_BYTES - 1, AR_LDT),
-        gdt=DescriptorTable(GDT, _GDT_BYTES - 1), idt=DescriptorTable(IDT, VECTORS * _GATE_BYTES - 1),
+        ldt=Segment(LDT_SELECTOR, LDT, LDT_BYTES - 1, AR_LDT),
+        gdt=DescriptorTable(GDT, GDT_BYTES - 1), idt=DescriptorTable(IDT, VECTORS * GATE_BYTES - 1),
         cr0=DEFAULT_CR0, cr2=0, cr3=cr3, cr4=DEFAULT_CR4, cr8=0, efer=DEFAULT_EFER, apic_base=template.apic_base,
     )  # fmt: skip

@@ -75,8 +75,9 @@ class Fpu(Protocol):
     """The registers, wherever they are kept.
 
     ``fsw`` is the status word without TOP, which is ``top``. ``ftw`` is the abridged tag word: bit *n* is set when
-    R *n* is in use. ``fop``, ``fip`` and ``fdp`` are opcode (11 bits) and offsets of the last x87 instruction that is
-    no control instruction; the selectors that went with them are gone from processors and read as zero.
+    R *n* is in use. The last x87 instruction that is no control instruction was at ``fcs``:``fip``, its last operand in
+    memory at ``fds``:``fdp``. ``fop`` is for its opcode (11 bits), which processors have long ceased to note; it is
+    only loaded and stored.
     """
 
     mxcsr: int
@@ -86,7 +87,9 @@ class Fpu(Protocol):
     ftw: int
     fop: int
     fip: int
+    fcs: int
     fdp: int
+    fds: int
 
     @property
     def xmm(self) -> Registers:
@@ -102,7 +105,9 @@ class Fpu(Protocol):
 class FpuState:
     """Registers with storage of their own, as they are in a new vCPU (KVM's ``fpstate_init_user()``)."""
 
-    __slots__ = ("fcw", "fdp", "fip", "fop", "fsw", "ftw", "mxcsr", "registers", "top", "xmm")
+    __slots__ = (
+        "fcs", "fcw", "fdp", "fds", "fip", "fop", "fsw", "ftw", "mxcsr", "registers", "top", "xmm",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.xmm = [0] * XMM_REGISTERS
@@ -110,7 +115,7 @@ class FpuState:
         self.mxcsr = MXCSR_INITIAL
         self.fcw = FCW_INITIAL
         self.fsw = self.top = self.ftw = 0
-        self.fop = self.fip = self.fdp = 0
+        self.fop = self.fip = self.fcs = self.fdp = self.fds = 0
 
 
 def copy_fpu(source: Fpu, target: Fpu) -> None:
@@ -121,14 +126,16 @@ def copy_fpu(source: Fpu, target: Fpu) -> None:
         target.registers[number] = source.registers[number]
     target.mxcsr, target.fcw, target.fsw = source.mxcsr, source.fcw, source.fsw
     target.top, target.ftw = source.top, source.ftw
-    target.fop, target.fip, target.fdp = source.fop, source.fip, source.fdp
+    target.fop = source.fop
+    target.fip, target.fcs = source.fip, source.fcs
+    target.fdp, target.fds = source.fdp, source.fds
 
 
 def initialize(fpu: Fpu) -> None:
     """FNINIT: the x87 registers become empty, keeping their bits, and control and status are as after reset."""
     fpu.fcw = FCW_INITIAL
     fpu.fsw = fpu.top = fpu.ftw = 0
-    fpu.fop = fpu.fip = fpu.fdp = 0
+    fpu.fop = fpu.fip = fpu.fcs = fpu.fdp = fpu.fds = 0
 
 
 def status_word(fpu: Fpu) -> int:

@@ -1,7 +1,6 @@
 """How x87 and SSE registers lie in memory: FXSAVE images, and the x87 environment of FNSTENV and FNSAVE.
 
-Pure functions between an :class:`~lasskvm.emulator.fpu.Fpu` and bytes. Selectors of the last instruction and its
-operand are stored as zeros, and reserved places too, which is what direct execution stores.
+Pure functions between an :class:`~lasskvm.emulator.fpu.Fpu` and bytes. Reserved places are stored as zeros.
 
 Source: Intel SDM volume 1, 8.1.10 (figures 8-9 to 8-12) and 10.5.1 (FXSAVE area).
 """
@@ -21,7 +20,7 @@ from lasskvm.emulator.fpu import (
     status_word,
 )
 from lasskvm.x86.fpu import FOP_MASK, MXCSR_WRITABLE
-from lasskvm.x86.registers import MASK32, MASK64
+from lasskvm.x86.registers import MASK32
 
 __all__ = [
     "FXSAVE_BYTES",
@@ -49,6 +48,9 @@ _XMM_BYTES = 16
 #: FCW, FSW, FTW (abridged), FOP, FIP and FDP (64 bits each), MXCSR, MXCSR_MASK.
 _FXSAVE_HEADER = struct.Struct("<HHBxHQQII")
 
+#: Where selectors stand behind offsets of 32 bits.
+_SELECTOR_SHIFT = 32
+
 #: Environments: seven fields of four or of two bytes.
 _ENVIRONMENTS = {4: struct.Struct("<7I"), 2: struct.Struct("<7H")}
 _MASK16 = 0xFFFF
@@ -61,15 +63,14 @@ _REAL_MODE_UPPER = {4: _MASK16, 2: 0xF}
 def fxsave_image(fpu: Fpu, *, wide_pointers: bool, xmm_registers: int = XMM_REGISTERS) -> bytes:
     """The part of an FXSAVE image that is written, from its start: everything up to the last XMM register.
 
-    *wide_pointers* stores instruction and operand pointer in 64 bits (FXSAVE64), otherwise offsets in 32.
+    *wide_pointers* stores the offsets of instruction and operand in 64 bits (FXSAVE64), otherwise in 32 with selectors.
     """
-    pointer_mask = MASK64 if wide_pointers else MASK32
+    fip, fdp = fpu.fip, fpu.fdp
+    if not wide_pointers:
+        fip, fdp = fip & MASK32 | fpu.fcs << _SELECTOR_SHIFT, fdp & MASK32 | fpu.fds << _SELECTOR_SHIFT
     pieces = [
-        _FXSAVE_HEADER.pack(
-            fpu.fcw, status_word(fpu), fpu.ftw, fpu.fop, fpu.fip & pointer_mask, fpu.fdp & pointer_mask, fpu.mxcsr,
-            MXCSR_WRITABLE,
-        )
-    ]  # fmt: skip
+        _FXSAVE_HEADER.pack(fpu.fcw, status_word(fpu), fpu.ftw, fpu.fop, fip, fdp, fpu.mxcsr, MXCSR_WRITABLE)
+    ]
     for number in _stack_order(fpu):
         pieces.append(fpu.registers[number].to_bytes(_REGISTER_SPACING, "little"))
     for number in range(xmm_registers):
@@ -91,12 +92,14 @@ def load_fxsave_image(
     with_mxcsr: bool = True,
 ) -> None:
     """Load the registers from an FXSAVE image whose MXCSR has been checked."""
-    pointer_mask = MASK64 if wide_pointers else MASK32
     fcw, fsw, ftw, fop, fip, fdp, mxcsr, _ = _FXSAVE_HEADER.unpack_from(image)
     set_control_word(fpu, fcw)
     set_status_word(fpu, fsw)
     fpu.ftw, fpu.fop = ftw, fop & FOP_MASK
-    fpu.fip, fpu.fdp = fip & pointer_mask, fdp & pointer_mask
+    fpu.fip, fpu.fdp, fpu.fcs, fpu.fds = fip, fdp, 0, 0
+    if not wide_pointers:
+        fpu.fip, fpu.fcs = fip & MASK32, fip >> _SELECTOR_SHIFT & _MASK16
+        fpu.fdp, fpu.fds = fdp & MASK32, fdp >> _SELECTOR_SHIFT & _MASK16
     if with_mxcsr:
         fpu.mxcsr = mxcsr
     for place, number in enumerate(_stack_order(fpu)):
@@ -116,16 +119,17 @@ def environment_image(fpu: Fpu, width: int, *, real_mode: bool) -> bytes:
     """The x87 environment with fields of *width* bytes; *real_mode* is the format of real and virtual-8086 mode."""
     if real_mode:
         upper = _REAL_MODE_UPPER[width]
+        instruction, data = (fpu.fcs << 4) + fpu.fip, (fpu.fds << 4) + fpu.fdp
         pointers = (
-            fpu.fip & _MASK16,
-            (fpu.fip >> 16 & upper) << _REAL_MODE_SHIFT | fpu.fop,
-            fpu.fdp & _MASK16,
-            (fpu.fdp >> 16 & upper) << _REAL_MODE_SHIFT,
+            instruction & _MASK16,
+            (instruction >> 16 & upper) << _REAL_MODE_SHIFT | fpu.fop,
+            data & _MASK16,
+            (data >> 16 & upper) << _REAL_MODE_SHIFT,
         )
     elif width == 4:
-        pointers = (fpu.fip & MASK32, fpu.fop << _OPCODE_SHIFT, fpu.fdp & MASK32, 0)
+        pointers = (fpu.fip & MASK32, fpu.fop << _OPCODE_SHIFT | fpu.fcs, fpu.fdp & MASK32, fpu.fds)
     else:
-        pointers = (fpu.fip & _MASK16, 0, fpu.fdp & _MASK16, 0)
+        pointers = (fpu.fip & _MASK16, fpu.fcs, fpu.fdp & _MASK16, fpu.fds)
     return _ENVIRONMENTS[width].pack(fpu.fcw, status_word(fpu), full_tag_word(fpu), *pointers)
 
 
@@ -135,14 +139,15 @@ def load_environment(fpu: Fpu, image: bytes, width: int, *, real_mode: bool) -> 
     set_control_word(fpu, fcw & _MASK16)
     set_status_word(fpu, fsw & _MASK16)
     fpu.ftw = abridged_tags(tags)
-    fpu.fop = 0
     if real_mode:
+        # Linear addresses, which leave no selectors to load.
         upper = _REAL_MODE_UPPER[width]
-        fpu.fop = fip_upper & FOP_MASK
+        fpu.fop, fpu.fcs, fpu.fds = fip_upper & FOP_MASK, 0, 0
         fip = fip & _MASK16 | (fip_upper >> _REAL_MODE_SHIFT & upper) << 16
         fdp = fdp & _MASK16 | (fdp_upper >> _REAL_MODE_SHIFT & upper) << 16
-    elif width == 4:
+    else:
         fpu.fop = fip_upper >> _OPCODE_SHIFT & FOP_MASK
+        fpu.fcs, fpu.fds = fip_upper & _MASK16, fdp_upper & _MASK16
     fpu.fip, fpu.fdp = fip, fdp
 
 

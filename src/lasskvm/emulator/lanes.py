@@ -9,11 +9,13 @@ Source: Intel SDM volume 1, 9.3 and 9.4 (wraparound and saturation arithmetic); 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 
 __all__ = [
     "Binary",
+    "Lanes",
     "Unary",
     "adder",
     "averager",
@@ -35,6 +37,10 @@ __all__ = [
 
 Unary = Callable[[int], int]
 Binary = Callable[[int, int], int]
+Lanes = tuple[int, ...]
+
+#: Codes of unsigned integers in ``struct``; the small letters are signed.
+_FORMATS = {8: "B", 16: "H", 32: "I", 64: "Q"}
 
 
 def high_bits(lane: int, width: int) -> int:
@@ -198,28 +204,21 @@ def shifter(lane: int, width: int, direction: str) -> Binary:
 # ------------------------------------------------------------------------------------------------- lane by lane
 
 
-def splitter(lane: int, width: int, *, signed: bool) -> Callable[[int], list[int]]:
+def splitter(lane: int, width: int, *, signed: bool) -> Callable[[int], Lanes]:
     """The lanes of a vector, lowest first."""
-    size, count = lane // 8, width // lane
-
-    def split(value: int) -> list[int]:
-        data = value.to_bytes(width // 8, "little")
-        return [
-            int.from_bytes(data[size * n : size * n + size], "little", signed=signed) for n in range(count)
-        ]
-
-    return split
+    code = _FORMATS[lane].lower() if signed else _FORMATS[lane]
+    unpack = struct.Struct(f"<{width // lane}{code}").unpack
+    size = width // 8
+    return lambda value: unpack(value.to_bytes(size, "little"))
 
 
-def joiner(lane: int) -> Callable[[list[int]], int]:
+def joiner(lane: int) -> Callable[[Sequence[int]], int]:
     """A vector of lanes, lowest first; only their low bits count."""
-    lane_mask = (1 << lane) - 1
+    lane_mask, code = (1 << lane) - 1, _FORMATS[lane]
 
-    def join(lanes: list[int]) -> int:
-        value = 0
-        for element in reversed(lanes):
-            value = value << lane | element & lane_mask
-        return value
+    def join(lanes: Sequence[int]) -> int:
+        packed = struct.pack(f"<{len(lanes)}{code}", *[element & lane_mask for element in lanes])
+        return int.from_bytes(packed, "little")
 
     return join
 

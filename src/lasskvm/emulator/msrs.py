@@ -27,11 +27,13 @@ from lasskvm.state import (
     LSTAR,
     MISC_ENABLE,
     PAT,
+    PKRS,
     SFMASK,
     STAR,
     SYSENTER_CS,
     SYSENTER_EIP,
     SYSENTER_ESP,
+    TLB_FLUSH,
     TSC_AUX,
     Words,
     segment_word,
@@ -64,7 +66,8 @@ class Msr:
     ``word`` is the state word that holds it, or None for the MSR file. ``default`` is its reset value in the
     file. ``writable`` are the bits WRMSR may change; an attempt to change another is #GP(0), except for the
     bits in ``ignored``, which keep their value. ``features`` are CPUID features of which one must be there.
-    ``check(words, value)`` says whether a value is allowed at all. A ``write_only`` register cannot be read.
+    ``check(words, value)`` says whether a value is allowed at all. A ``write_only`` register cannot be read; a
+    write to one that ``translates`` makes direct execution forget its translations.
     """
 
     word: int | None = None
@@ -74,6 +77,7 @@ class Msr:
     features: tuple[str, ...] = ()
     check: Callable[[Words, int], bool] | None = None
     write_only: bool = False
+    translates: bool = False
 
 
 #: Microcode revision 1, in the upper half as the manual has it; KVM shows Intel guests the same.
@@ -116,6 +120,7 @@ def _msr_table() -> dict[int, Msr]:
         msr.MSR_IA32_SYSENTER_ESP: Msr(SYSENTER_ESP, writable=MASK64, check=check.canonical),
         msr.MSR_IA32_SYSENTER_EIP: Msr(SYSENTER_EIP, writable=MASK64, check=check.canonical),
         msr.MSR_IA32_TSC_AUX: Msr(TSC_AUX, writable=MASK32, features=("rdtscp", "rdpid")),
+        msr.MSR_IA32_PKRS: Msr(PKRS, writable=MASK32, features=("pks",), translates=True),
         msr.MSR_IA32_PAT: Msr(PAT, writable=MASK64, check=check.pat),
         msr.MSR_IA32_MISC_ENABLE: Msr(MISC_ENABLE, writable=_MISC_ENABLE_WRITABLE),
         msr.MSR_IA32_APIC_BASE: Msr(APIC_BASE, writable=MASK64, check=check.apic_base),
@@ -258,6 +263,8 @@ def _write_entry(ctx: Emulation, index: int, value: int, host_initiated: bool) -
         ctx.msrs.values[index] = value
     else:
         ctx.words[entry.word] = value
+    if entry.translates:
+        ctx.words[TLB_FLUSH] = 1
 
 
 def _has_any(ctx: Emulation, features: tuple[str, ...], host_initiated: bool) -> bool:

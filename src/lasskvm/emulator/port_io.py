@@ -16,7 +16,6 @@ from lasskvm.emulator.decode import (
     Decoded,
     MemoryOperand,
     effective_address,
-    fetch_instruction,
     register_info,
 )
 from lasskvm.emulator.faults import Unhandleable
@@ -29,7 +28,6 @@ from lasskvm.x86.registers import CR4_DE, DR6_B0
 __all__ = [
     "PortAccess",
     "PortAccessNeeded",
-    "begin",
     "breakpoint_hits",
     "finish_element",
     "locate_port",
@@ -74,11 +72,6 @@ class PortAccessNeeded(Exception):
     def __init__(self, access: PortAccess) -> None:
         self.access = access
         super().__init__(f"port I/O at {access.port:#x}")
-
-
-def begin(ctx: Emulation) -> PortAccess:
-    """The access that the instruction at RIP makes next, as :func:`next_access`; for whoever has not decoded it yet."""
-    return next_access(ctx, fetch_instruction(ctx))
 
 
 def locate_port(words: Words, decoded: Decoded) -> tuple[int, int]:

@@ -16,7 +16,15 @@ from lasskvm.emulator.decode import Decoded
 from lasskvm.state import INTERRUPT_SHADOW, RCX, RFLAGS, Words
 from lasskvm.x86.registers import MASK32, MASK64, RFLAGS_DF, RFLAGS_RF
 
-__all__ = ["add_to_register", "address_mask", "element_step", "is_repeated", "pause", "skip_repetition"]
+__all__ = [
+    "add_to_register",
+    "address_mask",
+    "element_step",
+    "is_repeated",
+    "kept_bits",
+    "pause",
+    "skip_repetition",
+]
 
 _MASK16 = 0xFFFF
 _INDEX_MASKS = {
@@ -41,12 +49,14 @@ def is_repeated(decoded: Decoded) -> bool:
     return bool(decoded.instruction.has_rep_prefix or decoded.instruction.has_repne_prefix)
 
 
+def kept_bits(mask: int) -> int:
+    """The bits of a register that stay when those of *mask* are written: 32 bits clear the upper half."""
+    return MASK64 ^ mask if mask == _MASK16 else 0
+
+
 def add_to_register(words: Words, register: int, addend: int, mask: int) -> None:
     """Add *addend* to the part of *register* (a state word) that *mask* tells; a 32-bit one clears the upper half."""
-    value = words[register] + addend & mask
-    if mask == _MASK16:
-        value |= words[register] & (MASK64 ^ mask)
-    words[register] = value
+    words[register] = words[register] & kept_bits(mask) | words[register] + addend & mask
 
 
 def element_step(words: Words, size: int) -> int:

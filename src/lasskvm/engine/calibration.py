@@ -15,6 +15,7 @@ from unicorn import x86_const
 from unicorn.unicorn_py3.unicorn import uclib
 
 from lasskvm.engine import private
+from lasskvm.engine.private_fpu import fpu_fields
 from lasskvm.errors import HostError
 from lasskvm.state import CR2, DR6, KERNEL_GS_BASE, RFLAGS, Segment, VcpuState
 from lasskvm.x86.msr import MSR_IA32_CSTAR, MSR_IA32_EFER, MSR_IA32_KERNEL_GS_BASE
@@ -150,7 +151,7 @@ def _check_registers(uc: unicorn.Uc, env: int) -> None:
 
 def _check_fpu(uc: unicorn.Uc, env: int) -> None:
     """Write x87 and SSE registers through the public API, read the fields, and leave them as they were."""
-    fields = private.fpu_fields(env)
+    fields = fpu_fields(env)
     values = {
         **{register: _MAGIC << 64 | register for register in _FPU_VECTORS},
         **{register: (_MAGIC + register, register) for register in _FPU_STACK},
@@ -158,6 +159,8 @@ def _check_fpu(uc: unicorn.Uc, env: int) -> None:
         x86_const.UC_X86_REG_FPCW: 0x0F7F,
         x86_const.UC_X86_REG_FPTAG: 0xFF00,
         x86_const.UC_X86_REG_FOP: 0x123,
+        x86_const.UC_X86_REG_FCS: 0x4567,
+        x86_const.UC_X86_REG_FDS: 0x89AB,
         x86_const.UC_X86_REG_FIP: _MAGIC + 1,
         x86_const.UC_X86_REG_FDP: _MAGIC + 2,
         x86_const.UC_X86_REG_MXCSR: 0x5F80,
@@ -175,8 +178,9 @@ def _check_fpu(uc: unicorn.Uc, env: int) -> None:
     with _checking("CPUX86State.fpstt to fptags"):
         _require((fields.fpstt, fields.fpus & 0xC7FF, fields.fpuc) == (5, 0x241, 0x0F7F))
         _require(list(fields.fptags) == [0] * 4 + [1] * 4)
-    with _checking("CPUX86State.fpop, fpip, fpdp"):
-        _require((fields.fpop, fields.fpip, fields.fpdp) == (0x123, _MAGIC + 1, _MAGIC + 2))
+    with _checking("CPUX86State.fpop to fpdp"):
+        _require((fields.fpop, fields.fpcs, fields.fpds) == (0x123, 0x4567, 0x89AB))
+        _require((fields.fpip, fields.fpdp) == (_MAGIC + 1, _MAGIC + 2))
     with _checking("CPUX86State.mxcsr"):
         _require(fields.mxcsr == 0x5F80)
     for register, value in old.items():

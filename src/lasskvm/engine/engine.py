@@ -436,10 +436,9 @@ _INSTRUCTION_HOOKS = {
     x86_const.UC_X86_INS_RDTSCP: timing.on_rdtscp,
 }
 
-# Instructions that the translator executes without their memory access (the CLFLUSH family) or without their checks
-# (WRFSBASE and its like): gated off, so that the #UD lets us execute them.
+# Instructions that the translator executes without their memory access (the CLFLUSH family): gated off, so that
+# the #UD lets the emulator execute them.
 _CLFLUSH = 1 << 19
-_FSGSBASE = 1 << 0
 _CLFLUSHOPT_CLWB = 1 << 23 | 1 << 24
-_EMULATED_FEATURES = (_CLFLUSH, 0, _FSGSBASE | _CLFLUSHOPT_CLWB, 0, 0, 0, 0, 0)
+_EMULATED_FEATURES = (_CLFLUSH, 0, _CLFLUSHOPT_CLWB, 0, 0, 0, 0, 0)
 _RDPID_WORD, _RDPID_BIT = 3, 22

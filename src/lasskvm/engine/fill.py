@@ -48,12 +48,7 @@ from lasskvm.engine.context import (
     WATCH_BORROWED_TF,
     WATCH_HIT,
 )
-from lasskvm.engine.implicit import (
-    is_far_transfer_stack,
-    is_implicit,
-    may_be_implicit,
-    touches_system_table,
-)
+from lasskvm.engine.implicit import is_implicit, may_be_implicit, touches_system_table
 from lasskvm.engine.leaving import leave_instruction, raise_fault
 from lasskvm.engine.native import callback, foreign_function, load8, load32, load64, store8, store32, store64
 from lasskvm.engine.native import words_at as words
@@ -151,13 +146,7 @@ def fill(
             flags = WRITE
         if cpl == 3:
             if mmu_index != MMU_USER:
-                if return_address != 0:
-                    _restore_state(load64(context + 8 * FN_RESTORE_STATE), cpu, return_address, 0)
-                if is_far_transfer_stack(env, state, memory, address):
-                    # What user mode may do must not stay in a supervisor TLB.
-                    every_access = True
-                else:
-                    flags |= IMPLICIT
+                flags |= IMPLICIT
         elif may_be_implicit(state, address, rflags):
             every_access = True
             if return_address != 0:

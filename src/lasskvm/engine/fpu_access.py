@@ -14,8 +14,8 @@ from unicorn.unicorn_py3.unicorn import uclib
 
 from lasskvm.emulator.fpu import X87_REGISTERS, Fpu, Registers, copy_fpu
 from lasskvm.engine import context as c
-from lasskvm.engine import private
 from lasskvm.engine.engine import Engine
+from lasskvm.engine.private_fpu import fpu_fields
 from lasskvm.x86.fpu import FSW_TOP
 
 __all__ = ["FpuAccess"]
@@ -48,7 +48,7 @@ class FpuAccess:
 
     def __init__(self, engine: Engine, initial: Fpu) -> None:
         self._handle = ctypes.c_void_p(int(engine.context[c.UC]))
-        self._fields = private.fpu_fields(int(engine.context[c.ENV]))
+        self._fields = fpu_fields(int(engine.context[c.ENV]))
         self._xmm = _Registers(self._fields.xmm_regs, _XMM_BYTES)
         self._registers = _Registers(self._fields.fpregs, _X87_BYTES)
         copy_fpu(initial, self)
@@ -70,6 +70,7 @@ class FpuAccess:
 
     @mxcsr.setter
     def mxcsr(self, value: int) -> None:
+        """Set what :attr:`mxcsr` gives."""
         # The translator keeps rounding and flushing apart, too; its own function for writes knows how.
         self._write(x86_const.UC_X86_REG_MXCSR, ctypes.c_uint32(value))
 
@@ -80,6 +81,7 @@ class FpuAccess:
 
     @fcw.setter
     def fcw(self, value: int) -> None:
+        """Set what :attr:`fcw` gives."""
         self._write(x86_const.UC_X86_REG_FPCW, ctypes.c_uint16(value))
 
     def _write(self, register: int, value: ctypes.c_uint32 | ctypes.c_uint16) -> None:
@@ -92,6 +94,7 @@ class FpuAccess:
 
     @fsw.setter
     def fsw(self, value: int) -> None:
+        """Set what :attr:`fsw` gives."""
         self._fields.fpus = value
 
     @property
@@ -101,6 +104,7 @@ class FpuAccess:
 
     @top.setter
     def top(self, value: int) -> None:
+        """Set what :attr:`top` gives."""
         self._fields.fpstt = value
 
     @property
@@ -110,6 +114,7 @@ class FpuAccess:
 
     @ftw.setter
     def ftw(self, value: int) -> None:
+        """Set what :attr:`ftw` gives."""
         for number in range(X87_REGISTERS):
             self._fields.fptags[number] = 0 if value >> number & 1 else _EMPTY
 
@@ -120,6 +125,7 @@ class FpuAccess:
 
     @fop.setter
     def fop(self, value: int) -> None:
+        """Set what :attr:`fop` gives."""
         self._fields.fpop = value
 
     @property
@@ -129,7 +135,28 @@ class FpuAccess:
 
     @fip.setter
     def fip(self, value: int) -> None:
+        """Set what :attr:`fip` gives."""
         self._fields.fpip = value
+
+    @property
+    def fcs(self) -> int:
+        """The code segment of the last x87 instruction."""
+        return int(self._fields.fpcs)
+
+    @fcs.setter
+    def fcs(self, value: int) -> None:
+        """Set what :attr:`fcs` gives."""
+        self._fields.fpcs = value
+
+    @property
+    def fds(self) -> int:
+        """The segment of the operand of the last x87 instruction."""
+        return int(self._fields.fpds)
+
+    @fds.setter
+    def fds(self, value: int) -> None:
+        """Set what :attr:`fds` gives."""
+        self._fields.fpds = value
 
     @property
     def fdp(self) -> int:
@@ -138,4 +165,5 @@ class FpuAccess:
 
     @fdp.setter
     def fdp(self, value: int) -> None:
+        """Set what :attr:`fdp` gives."""
         self._fields.fpdp = value

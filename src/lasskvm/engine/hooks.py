@@ -75,7 +75,6 @@ from lasskvm.engine.timing import deadline_reached
 from lasskvm.lass import FETCH, IMPLICIT, WRITE
 from lasskvm.memory import TABLE_CODE_STORES
 from lasskvm.state import (
-    BASE,
     CR2,
     CR4,
     EFER,
@@ -87,8 +86,6 @@ from lasskvm.state import (
     RDX,
     RFLAGS,
     RIP,
-    SEGMENT_WORDS,
-    SEGMENTS,
     STATE_WORDS,
     TLB_FLUSH,
     TSC_AUX,
@@ -112,9 +109,9 @@ _OPCODE_SYSRET = TWO_BYTE + 0x07
 _MODRM_REGISTER_SHIFT = 3
 _CR3_NUMBER = 3
 _MODRM_REGISTER_FORM = 0xC0
-#: 0F AE /0 to /3 with F3 and a register: RDFSBASE, RDGSBASE, WRFSBASE, WRGSBASE; 0F C7 /7: RDPID.
-_OPCODE_FSGSBASE = TWO_BYTE + 0xAE
-_FSGSBASE_LAST, _FSGSBASE_WRITES, _FSGSBASE_GS = 3, 2, 1
+#: With F3 and a register: 0F AE /2 is WRFSBASE, /3 WRGSBASE; 0F C7 /7 is RDPID.
+_OPCODE_WRITE_BASE = TWO_BYTE + 0xAE
+_WRFSBASE, _WRGSBASE = 2, 3
 _OPCODE_RDPID = TWO_BYTE + 0xC7
 _RDPID_EXTENSION = 7
 
@@ -250,7 +247,7 @@ def _may_modify(context: int, env: int, state: Words) -> bool:
 
 
 def _frequent_instruction(context: int, env: int, number: int) -> bool:
-    """MOV to CR3, WRMSR of a segment base, SYSRET, FSGSBASE and RDPID in their plain forms.
+    """MOV to CR3, WRMSR of a segment base, SYSRET, WRFSBASE, WRGSBASE and RDPID in their plain forms.
 
     False leaves the instruction to Python.
     """
@@ -259,12 +256,12 @@ def _frequent_instruction(context: int, env: int, number: int) -> bool:
     if state[EFER] & EFER_LMA == 0 or guest_rflags(env) & RFLAGS_TF != 0:
         return False
     opcode, modrm, length, rex = opcode_at_rip(env, state, memory)
-    if number == _EVENT_UD and (opcode == _OPCODE_FSGSBASE or opcode == _OPCODE_RDPID):
+    if number == _EVENT_UD and (opcode == _OPCODE_WRITE_BASE or opcode == _OPCODE_RDPID):
         # F3, REX or not, 0F and the opcode, then a register.
         plain = (length == 3 and rex == 0) or (length == 4 and rex != 0)
         if not plain or modrm < _MODRM_REGISTER_FORM or not guest_runs_64bit_code(env):
             return False
-        return begins_with_rep(env, state, memory) and _register_read_or_base(
+        return begins_with_rep(env, state, memory) and _base_or_rdpid(
             context, env, state, opcode, modrm, length, rex
         )
     if guest_cpl(env) != 0:
@@ -298,10 +295,10 @@ def _frequent_instruction(context: int, env: int, number: int) -> bool:
     return False
 
 
-def _register_read_or_base(
+def _base_or_rdpid(
     context: int, env: int, state: Words, opcode: int, modrm: int, length: int, rex: int
 ) -> bool:
-    """RDFSBASE, RDGSBASE, WRFSBASE, WRGSBASE or RDPID, unless it is to fault."""
+    """WRFSBASE, WRGSBASE or RDPID, unless it is to fault."""
     operation = (modrm >> _MODRM_REGISTER_SHIFT) & 7
     register = (modrm & 7) + R8 * (rex & _REX_B)
     if opcode == _OPCODE_RDPID:
@@ -311,16 +308,13 @@ def _register_read_or_base(
         state[register] = state[TSC_AUX] & MASK32
         _complete(env, state, length + 1)
         return True
-    if operation > _FSGSBASE_LAST or state[CR4] & CR4_FSGSBASE == 0:
+    if (operation != _WRFSBASE and operation != _WRGSBASE) or state[CR4] & CR4_FSGSBASE == 0:
         return False
     save_state(env, state, load64(context + 8 * FN_CC_COMPUTE_ALL))
     mask = MASK32
     if (rex >> _REX_W_SHIFT) & 1 != 0:
         mask = MASK64
-    segment = FS + (operation & _FSGSBASE_GS)
-    if operation & _FSGSBASE_WRITES == 0:
-        state[register] = state[SEGMENTS + SEGMENT_WORDS * segment + BASE] & mask
-    elif set_segment_base(state, segment, state[register] & mask) != 0:
+    if set_segment_base(state, FS + operation - _WRFSBASE, state[register] & mask) != 0:
         return False
     _complete(env, state, length + 1)
     return True

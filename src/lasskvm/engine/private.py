@@ -9,8 +9,6 @@ All functions are of the compiled subset: they run in Numba code and, in tests, 
 ``uc`` are host addresses, ``state`` is a vCPU's words (:mod:`lasskvm.state`).
 """
 
-import ctypes
-
 from lasskvm.engine.native import (
     foreign_function,
     load8,
@@ -42,7 +40,6 @@ from lasskvm.state import (
     NMI_BLOCKED,
     RFLAGS,
     RIP,
-    RSP,
     SEGMENT_WORDS,
     SEGMENTS,
     SELECTOR,
@@ -88,9 +85,9 @@ _CPU_EXCEPTION_INDEX = 33184
 CPU_ENV = 35408
 CPU_TLB_FILL = 42840
 
-# TranslatorOps, a table of functions, and DisasContextBase, a block being translated
+# TranslatorOps, a table of functions; DisasContextBase: the linear address of the instruction to translate next
 TRANSLATOR_FUNCTIONS, TRANSLATE_INSTRUCTION = 7, 4
-_BLOCK_NEXT = 0x10
+BLOCK_NEXT = 0x10
 
 # CPUX86State
 _REGS, _EIP, _EFLAGS, _CC_SRC, _CC_OP, _DF = 0x00, 0x80, 0x88, 0x98, 0xA8, 0xAC
@@ -102,7 +99,7 @@ CPU_CONTEXT = CPU_ENV + _CSTAR
 _ERROR_CODE, _EXCEPTION_IS_INT, _DR, _OLD_EXCEPTION = 0x1508, 0x150C, 0x1518, 0x1578
 _VM_VMCB, _INTERCEPT, _INTERCEPT_CR_READ, _INTERCEPT_CR_WRITE = 0x1580, 0x1590, 0x1598, 0x159A
 _INTERCEPT_DR_READ, _INTERCEPT_DR_WRITE, _INTERCEPT_EXCEPTIONS = 0x159C, 0x159E, 0x15A0
-_FEATURES, _FPU = 0x1600, 0x25C
+_FEATURES = 0x1600
 #: Words of ``env->features`` in use: CPUID 1 EDX, 1 ECX, 7.0 EBX, 7.0 ECX, 7.0 EDX, 7.1 EAX, 80000001 EDX, ECX.
 FEATURE_WORDS = 8
 
@@ -176,27 +173,6 @@ def descriptor_tables(env: int) -> tuple[int, int, int, int]:
     )
 
 
-class FpuFields(ctypes.Structure):
-    """The x87 and SSE registers in CPUX86State, between them the translator's own copies of rounding and masks.
-
-    ``fptags`` are 1 for empty registers; ``fpregs`` has 80 bits for each, ``xmm_regs`` what would be ZMM registers.
-    """
-
-    _pack_ = 1
-    _fields_ = (
-        ("fpstt", ctypes.c_uint32), ("fpus", ctypes.c_uint16), ("fpuc", ctypes.c_uint16),
-        ("fptags", ctypes.c_uint8 * 8), ("_1", ctypes.c_uint32), ("fpregs", ctypes.c_uint8 * 16 * 8),
-        ("fpop", ctypes.c_uint16), ("_2", ctypes.c_uint16 * 3), ("fpip", ctypes.c_uint64),
-        ("fpdp", ctypes.c_uint64), ("_3", ctypes.c_uint64 * 5), ("mxcsr", ctypes.c_uint32), ("_4", ctypes.c_uint32),
-        ("xmm_regs", ctypes.c_uint8 * 64 * 16),
-    )  # fmt: skip
-
-
-def fpu_fields(env: int) -> FpuFields:
-    """The x87 and SSE registers, to read and, but for ``fpuc`` and ``mxcsr``, to write."""
-    return FpuFields.from_address(env + _FPU)
-
-
 def feature(env: int, word: int) -> int:
     """Word *word* of the feature bits that gate the translator."""
     return load64(env + _FEATURES + 8 * word)
@@ -218,11 +194,6 @@ def guest_cpl(env: int) -> int:
 def guest_rflags(env: int) -> int:
     """RFLAGS without the arithmetic flags and DF, which the translator keeps lazily."""
     return load64(env + _EFLAGS)
-
-
-def guest_rsp(env: int) -> int:
-    """RSP."""
-    return load64(env + _REGS + 8 * RSP)
 
 
 def guest_linear_rip(env: int) -> int:
@@ -289,19 +260,6 @@ def clear_interrupt_window(cpu: int) -> None:
     """Withdraw :func:`request_interrupt_window`; Unicorn loops for ever when the exit is not withdrawn in its hook."""
     request = load32(cpu + _CPU_INTERRUPT_REQUEST)
     store32(cpu + _CPU_INTERRUPT_REQUEST, request & (MASK32 ^ _CPU_INTERRUPT_HARD))
-
-
-# ----------------------------------------------------------------------------------------- while code is translated
-
-
-def next_to_translate(block: int) -> int:
-    """The linear address of the instruction to translate next; *block* is a DisasContextBase."""
-    return load64(block + _BLOCK_NEXT)
-
-
-def set_next_to_translate(block: int, address: int) -> None:
-    """Set what :func:`next_to_translate` returns; the block reaches up to there."""
-    store64(block + _BLOCK_NEXT, address)
 
 
 # ------------------------------------------------------------------------------------------------------- set-up

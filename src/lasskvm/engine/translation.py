@@ -18,14 +18,14 @@ from lasskvm.engine.context import (
 )
 from lasskvm.engine.native import callback, foreign_function, load8, load64, store8, store64
 from lasskvm.engine.private import (
+    BLOCK_NEXT,
     CPU_ENV,
     context_of,
     feature,
     guest_cpl,
     guest_runs_64bit_code,
-    next_to_translate,
-    set_next_to_translate,
 )
+from lasskvm.engine.undefined import is_undefined_form, may_be_undefined_form
 from lasskvm.x86.opcodes import (
     OPCODE_MASK,
     TWO_BYTE,
@@ -64,8 +64,11 @@ _MOVSXD = 0x63
 _VEX3, _VEX2 = 0xC4, 0xC5
 _LAR, _LSL = TWO_BYTE + 0x02, TWO_BYTE + 0x03
 _GROUP15, _GROUP15_FXRSTOR = TWO_BYTE + 0xAE, 1
+_WRFSBASE, _WRGSBASE = 2, 3
 _MOVNTS, _EXTRQ, _INSERTQ = TWO_BYTE + 0x2B, TWO_BYTE + 0x78, TWO_BYTE + 0x79
 _FEATURES_80000001_ECX, _SSE4A = 7, 1 << 6
+
+_ESCAPE_38, _MOVBE_LOAD, _MOVBE_STORE = TWO_BYTE + 0x38, 0xF0, 0xF1
 
 _MOD_REGISTER, _REGISTER_SHIFT = 0xC0, 3
 
@@ -92,15 +95,15 @@ _code_page = foreign_function(64, 64, 64, 64)
 @callback(types.void, types.uint64, types.uint64)
 def translate_instruction(block, cpu):  # type: ignore[no-untyped-def]
     """``TranslatorOps.translate_insn``: *block* is the DisasContextBase of the block being translated."""
-    translate(block, cpu)
+    translate_or_leave(block, cpu)
 
 
-def translate(block: int, cpu: int) -> None:
+def translate_or_leave(block: int, cpu: int) -> None:
     """The body of :func:`translate_instruction`."""
     context = context_of(cpu)
     env = cpu + CPU_ENV
     original = load64(context + 8 * FN_TRANSLATE_INSTRUCTION)
-    start = next_to_translate(block)
+    start = load64(block + BLOCK_NEXT)
     looked_at = 0
     # Where the run ends, the translator reads no code either.
     if start != load64(context + 8 * RUN_UNTIL):
@@ -114,7 +117,7 @@ def translate(block: int, cpu: int) -> None:
     _translate_insn(original, block, cpu)
     store8(host, first)
     # What the decision depends on belongs to the block, which is forgotten when one of these bytes changes.
-    set_next_to_translate(block, (start + looked_at) & MASK64)
+    store64(block + BLOCK_NEXT, (start + looked_at) & MASK64)
 
 
 def bytes_for_emulator(context: int, env: int, start: int) -> int:
@@ -137,6 +140,8 @@ def bytes_for_emulator(context: int, env: int, start: int) -> int:
         length += 1
     elif opcode == _VEX3 and code64 and not rex and prefixes & (LOCK | REPNE | REP | OPERAND_SIZE) == 0:
         return _bytes_for_vex(context, env, start, length)
+    if opcode == _ESCAPE_38:
+        return _bytes_for_movbe(context, env, start, length, prefixes)
     modrm = 0
     if modrm_decides(opcode, prefixes):
         modrm = code_byte(context, env, (start + length) & MASK64)
@@ -157,6 +162,18 @@ def _bytes_for_vex(context: int, env: int, start: int, length: int) -> int:
     if is_native_vex(opcode_map, opcode, payload):
         return 0
     return length + 3
+
+
+def _bytes_for_movbe(context: int, env: int, start: int, length: int, prefixes: int) -> int:
+    """:func:`bytes_for_emulator` behind 0F 38: of a register, there is no MOVBE; with F2 it is CRC32."""
+    if prefixes & (LOCK | STALE_REX) != 0:
+        return length
+    third = code_byte(context, env, (start + length) & MASK64)
+    if prefixes & REPNE != 0 or (third != _MOVBE_LOAD and third != _MOVBE_STORE):
+        return 0
+    if code_byte(context, env, (start + length + 1) & MASK64) & _MOD_REGISTER != _MOD_REGISTER:
+        return 0
+    return length + 2
 
 
 def code_byte(context: int, env: int, address: int) -> int:
@@ -193,7 +210,8 @@ def with_prefix(prefixes: int, byte: int, code64: bool, behind_rex: bool) -> int
 def modrm_decides(opcode: int, prefixes: int) -> bool:
     """Whether :func:`is_left_to_emulator` needs the ModRM byte of *opcode*; all these opcodes have one."""
     if opcode >= TWO_BYTE:
-        decides = has_opcode(_MODRM_DECIDES_TWO_BYTE, opcode & OPCODE_MASK)
+        second = opcode & OPCODE_MASK
+        decides = has_opcode(_MODRM_DECIDES_TWO_BYTE, second) or may_be_undefined_form(second)
     else:
         decides = has_opcode(_MODRM_DECIDES, opcode)
     return decides or (prefixes & LOCK != 0 and may_be_lockable(opcode))
@@ -224,7 +242,10 @@ def is_left_to_emulator(code64: bool, cpl: int, prefixes: int, opcode: int, modr
     8F, C6, C7 with a reg field           run as POP and MOV, where #UD (or XOP, XABORT, XBEGIN) is due
     VEX (C4, C5)                          SSE forms run as without VEX, whatever CPUID says; :func:`is_native_vex` names
                                           those that are right
+    WRFSBASE, WRGSBASE                    accept addresses that are not canonical
+    RDFSBASE, RDGSBASE with 66H           read 64 bits
     EXTRQ, INSERTQ, MOVNTSS, MOVNTSD      run without SSE4A
+    forms that do not exist               run (:mod:`lasskvm.engine.undefined`)
     ====================================  ==============================================================================
     """
     operation = (modrm >> _REGISTER_SHIFT) & 7
@@ -235,6 +256,8 @@ def is_left_to_emulator(code64: bool, cpl: int, prefixes: int, opcode: int, modr
     truncated = code64 and prefixes & (OPERAND_SIZE | REX_W) == OPERAND_SIZE
     if opcode >= TWO_BYTE:
         second = opcode & OPCODE_MASK
+        if is_undefined_form(second, modrm, prefixes & OPERAND_SIZE != 0, prefixes & (REP | REPNE) != 0):
+            return True
         if opcode == _LAR or opcode == _LSL:
             return True
         if opcode == _EXTRQ or opcode == _INSERTQ:
@@ -242,8 +265,10 @@ def is_left_to_emulator(code64: bool, cpl: int, prefixes: int, opcode: int, modr
         if opcode == _MOVNTS:
             return prefixes & (REP | REPNE) != 0 and not sse4a
         if opcode == _GROUP15:
-            saves = operation <= _GROUP15_FXRSTOR and modrm & _MOD_REGISTER != _MOD_REGISTER
-            return saves and EMULATE_FXSAVE
+            if modrm & _MOD_REGISTER == _MOD_REGISTER:
+                writes_base = operation == _WRFSBASE or operation == _WRGSBASE
+                return prefixes & REP != 0 and (writes_base or prefixes & OPERAND_SIZE != 0)
+            return operation <= _GROUP15_FXRSTOR and EMULATE_FXSAVE
         if truncated and has_opcode(_NEAR_BRANCHES_TWO_BYTE, second):
             return True
         return not code64 and has_opcode(_SEGMENT_LOADS_TWO_BYTE, second)

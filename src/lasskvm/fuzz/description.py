@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from iced_x86 import Decoder, Formatter, FormatterSyntax
+from iced_x86 import Formatter, FormatterSyntax
 
 from lasskvm.fuzz import layout
 from lasskvm.fuzz.case import SEGMENT_NAMES, Case
+from lasskvm.fuzz.encoding import instructions_of
 from lasskvm.fuzz.segments import plain_segments
 from lasskvm.x86 import registers as r
 
@@ -33,7 +34,7 @@ def disassemble(case: Case) -> list[str]:
     """One line for each instruction of *case*: address, bytes, text."""
     formatter = Formatter(FormatterSyntax.INTEL)
     lines = []
-    for instruction in Decoder(case.mode.bits, case.code, ip=case.rip):
+    for instruction in instructions_of(case):
         start = instruction.ip - case.rip
         encoded = case.code[start : start + instruction.len].hex()
         lines.append(f"{instruction.ip:#x}  {encoded:30}  {formatter.format(instruction)}")

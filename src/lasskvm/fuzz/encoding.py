@@ -24,7 +24,9 @@ from iced_x86 import (
     OpCodeTableKind,
 )
 
-__all__ = ["decode_at", "random_instruction", "reads_time"]
+from lasskvm.fuzz.case import Case
+
+__all__ = ["decode_at", "instructions_of", "random_instruction", "reads_time"]
 
 _MAX_LENGTH = 15
 _TRIES = 12
@@ -110,6 +112,15 @@ def decode_at(bits: int, code: bytes, ip: int = 0) -> Instruction | None:
     decoder = Decoder(bits, code, ip=ip)
     instruction = decoder.decode()
     return None if instruction.is_invalid else instruction
+
+
+def instructions_of(case: Case) -> tuple[Instruction, ...]:
+    """The instructions of *case*, in a line from the first; the last one may reach into the filler."""
+    decoder = Decoder(case.mode.bits, case.code + bytes([case.filler]) * _MAX_LENGTH, ip=case.rip)
+    found = []
+    while decoder.position < len(case.code):
+        found.append(decoder.decode())
+    return tuple(found)
 
 
 def random_instruction(rng: random.Random, bits: int) -> bytes:

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from iced_x86 import Decoder, Instruction
+from iced_x86 import Instruction
 
 from lasskvm.fuzz.case import Case
 from lasskvm.fuzz.comparison import Difference, agree, differences
+from lasskvm.fuzz.encoding import instructions_of
 from lasskvm.fuzz.image import case_image
 from lasskvm.fuzz.paths import Ending, EndState, Path, PathKind
 
 __all__ = ["Explanations", "Judge", "Kind", "Mismatch", "Verdict"]
-
-_MOST_INSTRUCTIONS = 8
 
 
 class Kind(StrEnum):
@@ -44,13 +43,7 @@ class Mismatch:
     @cached_property
     def instructions(self) -> tuple[Instruction, ...]:
         """The case's instructions, in a line from the first."""
-        decoder = Decoder(self.case.mode.bits, self.case.code, ip=self.case.rip)
-        found = []
-        for _, instruction in zip(range(_MOST_INSTRUCTIONS), decoder, strict=False):
-            found.append(instruction)
-            if instruction.is_invalid:
-                break
-        return tuple(found)
+        return instructions_of(self.case)
 
     @cached_property
     def names(self) -> frozenset[str]:

@@ -122,7 +122,7 @@ def _exception(vcpu: Vcpu, engine_exit: EngineExit) -> None:
         emulate_instruction(vcpu.emulation)
         return
     if vector in _REFUSALS and _is_ours(vcpu):
-        emulate_instruction(vcpu.emulation)
+        _emulate(vcpu, engine_exit)
         return
     error_code = engine_exit.error_code if has_error_code(vector) else None
     deliver_event(words, vcpu.vm.memory, Event(vector, error_code=error_code))
@@ -148,7 +148,7 @@ def _debug_exception(vcpu: Vcpu) -> None:
     _deliver(vcpu, Event(DB, dr6=dr6 & (DR6_BS | _DR6_HIT_BITS) | hits))
 
 
-def _intercept(vcpu: Vcpu, engine_exit: EngineExit) -> None:
+def _emulate(vcpu: Vcpu, engine_exit: EngineExit) -> None:
     ctx = vcpu.emulation
     ctx.prefetched = engine_exit.instruction
     try:
@@ -178,6 +178,7 @@ def _deliver(vcpu: Vcpu, event: Event) -> None:
 _HANDLERS: dict[int, Callable[[Vcpu, EngineExit], None]] = {
     c.EXIT_MEMORY_FAULT: _memory_fault,
     c.EXIT_EXCEPTION: _exception,
-    c.EXIT_INTERCEPT: _intercept,
+    c.EXIT_INTERCEPT: _emulate,
     c.EXIT_FETCH_FROM_HOLE: _fetch_from_hole,
+    c.EXIT_MMIO: _emulate,
 }

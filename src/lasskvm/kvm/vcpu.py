@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lasskvm.emulator import port_io
-from lasskvm.emulator.completion import complete
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.control import load_pdptes
 from lasskvm.emulator.decode import fetch_instruction
 from lasskvm.emulator.events import Event, EventKind, deliver_event
-from lasskvm.emulator.execution import emulate_instruction
-from lasskvm.emulator.faults import GuestFault, TripleFault, Unhandleable
+from lasskvm.emulator.execution import deliver_fault, emulate_instruction
+from lasskvm.emulator.faults import GuestFault, TripleFault, Unhandleable, debug_trap
+from lasskvm.emulator.instructions.ports import finish_access
 from lasskvm.emulator.interpreter import Interpreter
 from lasskvm.emulator.mmio import MmioReadNeeded
 from lasskvm.emulator.mmu import translate
@@ -283,7 +282,7 @@ class Vcpu:
         self._set_deadline(slice_end)
         engine_exit = engine.run()
         if engine_exit.reason == c.EXIT_PORT_IO:
-            self._begin_port_io()
+            emulate_instruction(self.emulation)
         elif engine_exit.reason not in (c.EXIT_STOPPED, c.EXIT_INTERRUPT_WINDOW):
             handle_exit(self, engine_exit)
 
@@ -349,15 +348,6 @@ class Vcpu:
 
     # ------------------------------------------------------------------------------------- port I/O and MMIO
 
-    def _begin_port_io(self) -> None:
-        """The port instruction at RIP has left direct execution, which has checked its permission."""
-        try:
-            access = port_io.begin(self.emulation)
-        except GuestFault as fault:
-            self._deliver(Event.of_fault(fault))
-        else:
-            raise PortAccessNeeded(access)
-
     def _port_exit(self, access: PortAccess) -> IoExit:
         ones = (1 << 8 * access.size) - 1
         io_exit = IoExit(access.port, access.size, access.write, access.value if access.write else ones)
@@ -367,10 +357,11 @@ class Vcpu:
     def _finish_port_io(self, access: PortAccess, io_exit: IoExit) -> None:
         """Take the VMM's answer. A repeated instruction that is not done yet is executed again for its next element."""
         try:
-            if port_io.finish_element(self.emulation, access, io_exit.data):
-                complete(self.emulation, access.decoded)
+            finish_access(self.emulation, access, io_exit.data)
+            if self.emulation.watch_hits:
+                raise debug_trap(self.emulation.watch_hits)
         except GuestFault as fault:
-            self._deliver(Event.of_fault(fault))
+            deliver_fault(self.emulation, fault)
 
     def _mmio_read_exit(self, needed: MmioReadNeeded) -> MmioExit:
         ones = (1 << 8 * needed.size) - 1

@@ -1,7 +1,7 @@
 """IN, OUT, INS and OUTS: permission, I/O breakpoints, and the way to the VM's devices.
 
 What no device claims ends in :class:`~lasskvm.emulator.port_io.PortAccessNeeded` with nothing changed; whoever has the
-VMM's answer goes on with :func:`lasskvm.emulator.port_io.finish_element`. Each execution of a repeated INS or OUTS does
+VMM's answer goes on with :func:`finish_access`. Each execution of a repeated INS or OUTS does
 one element.
 
 Source: Intel SDM volume 2, the four instructions; volume 1, 19.5 (permission); KVM's ``kvm_fast_pio()`` and
@@ -28,14 +28,13 @@ from lasskvm.emulator.port_io import (
 from lasskvm.emulator.string_registers import address_mask, is_repeated, pause, skip_repetition
 from lasskvm.state import CPL, RCX, RFLAGS
 
-__all__ = ["HANDLERS"]
+__all__ = ["HANDLERS", "finish_access"]
 
 
 def _in_or_out(ctx: Emulation, decoded: Decoded) -> None:
     _check_permission(ctx, decoded)
     access = next_access(ctx, decoded)
-    finish_element(ctx, access, _answer(ctx, access))
-    complete(ctx, decoded)
+    finish_access(ctx, access, _answer(ctx, access))
 
 
 def _ins_or_outs(ctx: Emulation, decoded: Decoded) -> None:
@@ -46,10 +45,18 @@ def _ins_or_outs(ctx: Emulation, decoded: Decoded) -> None:
         complete(ctx, decoded)
         return
     access = next_access(ctx, decoded)
-    is_complete = finish_element(ctx, access, _answer(ctx, access))
+    finish_access(ctx, access, _answer(ctx, access))
+
+
+def finish_access(ctx: Emulation, access: PortAccess, value: int) -> None:
+    """Complete the instruction with *value*, the answer to an input; a repeated one goes on with its next element.
+
+    Raises :class:`GuestFault`, for the single-step trap too.
+    """
+    is_complete = finish_element(ctx, access, value)
     ctx.mmio.commit()
     if is_complete:
-        complete(ctx, decoded)
+        complete(ctx, access.decoded)
     else:
         pause(ctx)
 

@@ -16,7 +16,7 @@ from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.decode import Decoded
 from lasskvm.emulator.flags import KEPT
 from lasskvm.emulator.instructions.vector_operands import XMM_BITS, executor, reader
-from lasskvm.emulator.lanes import splitter
+from lasskvm.emulator.lanes import Lanes, splitter
 from lasskvm.emulator.operation import Builder, Executor
 from lasskvm.state import RAX, RCX, RDX, RFLAGS
 from lasskvm.x86.registers import MASK32, MASK64, RFLAGS_CF, RFLAGS_OF, RFLAGS_SF, RFLAGS_ZF
@@ -35,17 +35,17 @@ _OUTPUT = 1 << 6
 _WIDE_LENGTHS = frozenset((Mnemonic.PCMPESTRI64, Mnemonic.PCMPESTRM64))
 
 #: Elements that are valid, of the two strings, and all of the first and of the second.
-_Aggregation = Callable[[list[int], list[int], int], int]
+_Aggregation = Callable[[Lanes, Lanes, int], int]
 #: Lengths of the two strings in the registers, from the state and their elements.
-_Lengths = Callable[[Emulation, list[int], list[int]], tuple[int, int]]
+_Lengths = Callable[[Emulation, Lanes, Lanes], tuple[int, int]]
 
 
-def _equal_any(first: list[int], second: list[int], count: int) -> int:
+def _equal_any(first: Lanes, second: Lanes, count: int) -> int:
     """Which elements of the second string are in the set that the first one is."""
     return sum((element in first) << place for place, element in enumerate(second))
 
 
-def _ranges(first: list[int], second: list[int], count: int) -> int:
+def _ranges(first: Lanes, second: Lanes, count: int) -> int:
     """Which elements of the second string are in a range of the first one, a list of pairs."""
     pairs = list(zip(first[::2], first[1::2], strict=False))
     return sum(
@@ -53,12 +53,12 @@ def _ranges(first: list[int], second: list[int], count: int) -> int:
     )
 
 
-def _equal_each(first: list[int], second: list[int], count: int) -> int:
+def _equal_each(first: Lanes, second: Lanes, count: int) -> int:
     """Where the strings have the same element, or both have ended."""
     return sum((first[place : place + 1] == second[place : place + 1]) << place for place in range(count))
 
 
-def _equal_ordered(first: list[int], second: list[int], count: int) -> int:
+def _equal_ordered(first: Lanes, second: Lanes, count: int) -> int:
     """Where in the second string the first one begins, as far as can be seen."""
     return sum(
         (second[place : place + len(first)] == first[: count - place]) << place for place in range(count)
@@ -68,7 +68,7 @@ def _equal_ordered(first: list[int], second: list[int], count: int) -> int:
 _AGGREGATIONS: tuple[_Aggregation, ...] = (_equal_any, _ranges, _equal_each, _equal_ordered)
 
 
-def _implicit_lengths(ctx: Emulation, first: list[int], second: list[int]) -> tuple[int, int]:
+def _implicit_lengths(ctx: Emulation, first: Lanes, second: Lanes) -> tuple[int, int]:
     """Strings end before their first zero."""
     return (
         first.index(0) if 0 in first else len(first),
@@ -80,7 +80,7 @@ def _explicit_lengths(width: int) -> _Lengths:
     """Lengths are in rAX and rDX, saturated; negative ones count as positive."""
     mask, sign = (MASK64, 1 << 63) if width == 64 else (MASK32, 1 << 31)
 
-    def lengths(ctx: Emulation, first: list[int], second: list[int]) -> tuple[int, int]:
+    def lengths(ctx: Emulation, first: Lanes, second: Lanes) -> tuple[int, int]:
         found = [((ctx.words[word] & mask) ^ sign) - sign for word in (RAX, RDX)]
         return min(abs(found[0]), len(first)), min(abs(found[1]), len(second))
 
@@ -98,7 +98,11 @@ def _compare(decoded: Decoded, *, explicit: bool, to_mask: bool) -> Executor:
         lengths = _explicit_lengths(64 if decoded.instruction.mnemonic in _WIDE_LENGTHS else 32)
     # The second operand needs no alignment, unlike those of other instructions.
     read_first, read_second = reader(decoded, 0), reader(decoded, 1, aligned=False)
-    write = partial(_write_mask, lane=lane, control=control) if to_mask else partial(_write_index, control=control)
+    write = (
+        partial(_write_mask, lane=lane, control=control)
+        if to_mask
+        else partial(_write_index, control=control)
+    )
 
     def compare(ctx: Emulation) -> None:
         first, second = split(read_first(ctx)), split(read_second(ctx))

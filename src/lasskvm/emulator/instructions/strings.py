@@ -27,14 +27,14 @@ from lasskvm.emulator.operation import Builder, Executor
 from lasskvm.emulator.string_registers import (
     add_to_register,
     address_mask,
-    element_step,
     is_repeated,
+    kept_bits,
     pause,
     skip_repetition,
 )
 from lasskvm.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from lasskvm.state import DR7, RCX, RDI, RFLAGS, RSI
-from lasskvm.x86.registers import ES, FS, RFLAGS_TF, RFLAGS_ZF
+from lasskvm.x86.registers import ES, FS, RFLAGS_DF, RFLAGS_TF, RFLAGS_ZF
 
 __all__ = ["BY_CODE", "TRANSFERS"]
 
@@ -54,14 +54,16 @@ _Store = Callable[[Emulation, int, int], None]
 
 def _movs(decoded: Decoded) -> Executor:
     size, mask, segment = _size(decoded), address_mask(decoded), _source_segment(decoded)
+    kept = kept_bits(mask)
     load_at, store_at = _loader(decoded, segment, size), _storer(decoded, size)
 
     def move(ctx: Emulation) -> None:
         words = ctx.words
-        store_at(ctx, words[RDI] & mask, load_at(ctx, words[RSI] & mask))
-        step = element_step(words, size)
-        add_to_register(words, RSI, step, mask)
-        add_to_register(words, RDI, step, mask)
+        source, destination = words[RSI], words[RDI]
+        store_at(ctx, destination & mask, load_at(ctx, source & mask))
+        step = -size if words[RFLAGS] & RFLAGS_DF else size
+        words[RSI] = source & kept | source + step & mask
+        words[RDI] = destination & kept | destination + step & mask
 
     def move_many(ctx: Emulation, count: int) -> int:
         return move_piece(ctx, segment, size, mask, count)
@@ -71,12 +73,15 @@ def _movs(decoded: Decoded) -> Executor:
 
 def _stos(decoded: Decoded) -> Executor:
     size, mask = _size(decoded), address_mask(decoded)
+    kept = kept_bits(mask)
     read_accumulator, store_at = register_reader(_ACCUMULATORS[size]), _storer(decoded, size)
 
     def store_element(ctx: Emulation) -> None:
         words = ctx.words
-        store_at(ctx, words[RDI] & mask, read_accumulator(ctx))
-        add_to_register(words, RDI, element_step(words, size), mask)
+        destination = words[RDI]
+        store_at(ctx, destination & mask, read_accumulator(ctx))
+        step = -size if words[RFLAGS] & RFLAGS_DF else size
+        words[RDI] = destination & kept | destination + step & mask
 
     def store_many(ctx: Emulation, count: int) -> int:
         return store_piece(ctx, read_accumulator(ctx), size, mask, count)
@@ -86,44 +91,52 @@ def _stos(decoded: Decoded) -> Executor:
 
 def _lods(decoded: Decoded) -> Executor:
     size, mask = _size(decoded), address_mask(decoded)
+    kept = kept_bits(mask)
     load_at = _loader(decoded, _source_segment(decoded), size)
     write_accumulator = register_writer(_ACCUMULATORS[size])
 
     def load_element(ctx: Emulation) -> None:
         words = ctx.words
-        write_accumulator(ctx, load_at(ctx, words[RSI] & mask))
-        add_to_register(words, RSI, element_step(words, size), mask)
+        source = words[RSI]
+        write_accumulator(ctx, load_at(ctx, source & mask))
+        step = -size if words[RFLAGS] & RFLAGS_DF else size
+        words[RSI] = source & kept | source + step & mask
 
     return _executor(decoded, load_element)
 
 
 def _cmps(decoded: Decoded) -> Executor:
     size, mask = _size(decoded), address_mask(decoded)
+    kept = kept_bits(mask)
     load_first, load_second = _loader(decoded, _source_segment(decoded), size), _loader(decoded, ES, size)
     flags_of = carry_flags(8 * size)
 
     def compare(ctx: Emulation) -> None:
         words = ctx.words
-        first = load_first(ctx, words[RSI] & mask)
-        second = load_second(ctx, words[RDI] & mask)
-        words[RFLAGS] = words[RFLAGS] & KEPT | flags_of(first, second, first - second)
-        step = element_step(words, size)
-        add_to_register(words, RSI, step, mask)
-        add_to_register(words, RDI, step, mask)
+        source, destination, rflags = words[RSI], words[RDI], words[RFLAGS]
+        first = load_first(ctx, source & mask)
+        second = load_second(ctx, destination & mask)
+        words[RFLAGS] = rflags & KEPT | flags_of(first, second, first - second)
+        step = -size if rflags & RFLAGS_DF else size
+        words[RSI] = source & kept | source + step & mask
+        words[RDI] = destination & kept | destination + step & mask
 
     return _executor(decoded, compare, compares=True)
 
 
 def _scas(decoded: Decoded) -> Executor:
     size, mask = _size(decoded), address_mask(decoded)
+    kept = kept_bits(mask)
     read_accumulator, load_at = register_reader(_ACCUMULATORS[size]), _loader(decoded, ES, size)
     flags_of = carry_flags(8 * size)
 
     def scan(ctx: Emulation) -> None:
         words = ctx.words
-        accumulator, element = read_accumulator(ctx), load_at(ctx, words[RDI] & mask)
-        words[RFLAGS] = words[RFLAGS] & KEPT | flags_of(accumulator, element, accumulator - element)
-        add_to_register(words, RDI, element_step(words, size), mask)
+        destination, rflags = words[RDI], words[RFLAGS]
+        accumulator, element = read_accumulator(ctx), load_at(ctx, destination & mask)
+        words[RFLAGS] = rflags & KEPT | flags_of(accumulator, element, accumulator - element)
+        step = -size if rflags & RFLAGS_DF else size
+        words[RDI] = destination & kept | destination + step & mask
 
     return _executor(decoded, scan, compares=True)
 
@@ -182,10 +195,11 @@ def _batch(element: Executor, piece: _Piece | None, mask: int) -> Callable[[Emul
                 element(ctx)
                 done = 1
             add_to_register(words, RCX, -done, mask)
-            ctx.mmio.commit()
             if done == count:
                 return True
             if ctx.leave_block or ctx.watch_hits:
+                # A device may have answered: its answers are for this element.
+                ctx.mmio.commit()
                 return False
             left -= done
         return False
@@ -195,6 +209,7 @@ def _batch(element: Executor, piece: _Piece | None, mask: int) -> Callable[[Emul
 
 def _comparing_batch(decoded: Decoded, element: Executor, mask: int) -> Callable[[Emulation], bool]:
     """As :func:`_batch`, for CMPS and SCAS: ends with the first element that differs (REPE) or matches (REPNE)."""
+    kept = kept_bits(mask)
     zf_to_go_on = 0 if decoded.instruction.has_repne_prefix else RFLAGS_ZF
 
     def run(ctx: Emulation) -> bool:
@@ -204,11 +219,12 @@ def _comparing_batch(decoded: Decoded, element: Executor, mask: int) -> Callable
         try:
             for _ in range(1 if flags & RFLAGS_TF else _BATCH):
                 element(ctx)
-                add_to_register(words, RCX, -1, mask)
-                ctx.mmio.commit()
-                if not words[RCX] & mask or words[RFLAGS] & RFLAGS_ZF != zf_to_go_on:
+                count = words[RCX]
+                words[RCX] = count & kept | count - 1 & mask
+                if count & mask == 1 or words[RFLAGS] & RFLAGS_ZF != zf_to_go_on:
                     return True
                 if ctx.leave_block or ctx.watch_hits:
+                    ctx.mmio.commit()
                     break
         except GuestFault:
             words[RFLAGS] = flags

@@ -17,7 +17,7 @@ from lasskvm.emulator.fpu import X87_REGISTERS, Fpu
 from lasskvm.emulator.instructions.availability import check_x87
 from lasskvm.emulator.operation import Executor
 from lasskvm.emulator.softfloat import EXTENDED, indefinite
-from lasskvm.state import RIP
+from lasskvm.state import RIP, SELECTOR, segment_word
 from lasskvm.x86.fpu import (
     EXCEPTION_DE,
     EXCEPTION_IE,
@@ -32,6 +32,7 @@ from lasskvm.x86.fpu import (
     FSW_SF,
     ROUNDING_MASK,
 )
+from lasskvm.x86.registers import CS
 
 __all__ = [
     "INDEFINITE",
@@ -57,6 +58,7 @@ INDEFINITE = indefinite(EXTENDED)
 OVERFLOW = EXCEPTION_IE | FSW_SF | FSW_C1
 UNDERFLOW = EXCEPTION_IE | FSW_SF
 
+_CS_SELECTOR = segment_word(CS, SELECTOR)
 _NUMBER_MASK = X87_REGISTERS - 1
 _BEFORE_COMPUTATION = EXCEPTION_IE | EXCEPTION_DE | EXCEPTION_ZE
 
@@ -66,21 +68,26 @@ Body = Callable[[Emulation, Fpu], None]
 def instruction(decoded: Decoded, body: Body) -> Executor:
     """*body* behind the checks of an x87 instruction; C1 is clear unless the body sets it.
 
-    RIP is noted as that of the last instruction. The operand's address is noted only when an unmasked exception
-    happens, as processors do whose CPUID has FDP_EXCPTN_ONLY, and the opcode never.
+    Where it is, and where its operand is in memory, is noted for handlers of exceptions.
     """
     operand = decoded.operand
-    offset_of = None if operand is None else address_of(decoded)
 
     def run(ctx: Emulation) -> None:
         check_x87(ctx)
-        fpu = ctx.fpu
+        fpu, words = ctx.fpu, ctx.words
         body(ctx, fpu)
-        fpu.fip = ctx.words[RIP]
-        if offset_of is not None and fpu.fsw & FSW_ES:
-            fpu.fdp = offset_of(ctx.words)
+        fpu.fip, fpu.fcs = words[RIP], words[_CS_SELECTOR]
 
-    return run
+    if operand is None:
+        return run
+    offset_of, selector = address_of(decoded), segment_word(operand.segment, SELECTOR)
+
+    def run_with_operand(ctx: Emulation) -> None:
+        run(ctx)
+        fpu, words = ctx.fpu, ctx.words
+        fpu.fdp, fpu.fds = offset_of(words), words[selector]
+
+    return run_with_operand
 
 
 def st(fpu: Fpu, number: int) -> int:

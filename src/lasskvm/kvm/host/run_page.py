@@ -19,7 +19,7 @@ from lasskvm.kvm.exits import (
     SystemEventExit,
     UnknownExit,
 )
-from lasskvm.kvm.host import abi
+from lasskvm.kvm.host.run_abi import Run
 
 __all__ = ["RunPage"]
 
@@ -53,7 +53,7 @@ class RunPage:
 
     def __init__(self, pages: mmap.mmap) -> None:
         self._pages = pages
-        self._run = abi.Run.from_buffer(pages)
+        self._run = Run.from_buffer(pages)
         #: The exit that the VMM has been given last and may have answered.
         self._reported: Exit | None = None
         self._element = 0
@@ -65,6 +65,7 @@ class RunPage:
 
     @immediate_exit.setter
     def immediate_exit(self, value: bool) -> None:
+        """Set or clear it."""
         self._run.immediate_exit = value
 
     def release(self) -> None:
@@ -133,7 +134,7 @@ def _ones(size: int) -> int:
     return (1 << 8 * size) - 1
 
 
-def _mmio(run: abi.Run) -> MmioExit:
+def _mmio(run: Run) -> MmioExit:
     mmio = run.mmio
     if not mmio.is_write:
         return MmioExit(mmio.phys_addr, mmio.len, write=False, data=_ones(mmio.len))
@@ -142,25 +143,25 @@ def _mmio(run: abi.Run) -> MmioExit:
     )
 
 
-def _debug(run: abi.Run) -> DebugExit:
+def _debug(run: Run) -> DebugExit:
     debug = run.debug
     return DebugExit(debug.exception, debug.pc, debug.dr6, debug.dr7)
 
 
-def _rdmsr(run: abi.Run) -> MsrExit:
+def _rdmsr(run: Run) -> MsrExit:
     return MsrExit(run.msr.index, write=False, data=0)
 
 
-def _wrmsr(run: abi.Run) -> MsrExit:
+def _wrmsr(run: Run) -> MsrExit:
     return MsrExit(run.msr.index, write=True, data=run.msr.data)
 
 
-def _system_event(run: abi.Run) -> SystemEventExit:
+def _system_event(run: Run) -> SystemEventExit:
     event = run.system_event
     return SystemEventExit(event.type, tuple(event.data[: event.ndata]))
 
 
-def _internal_error(run: abi.Run) -> InternalErrorExit:
+def _internal_error(run: Run) -> InternalErrorExit:
     suberror, failure = run.internal.suberror, run.emulation_failure
     detail = _SUBERRORS.get(suberror, f"KVM's internal error {suberror}")
     if suberror != _SUBERROR_EMULATION:
@@ -172,7 +173,7 @@ def _internal_error(run: abi.Run) -> InternalErrorExit:
     return InternalErrorExit(detail, suberror, instruction)
 
 
-_DECODERS: dict[int, Callable[[abi.Run], Exit]] = {
+_DECODERS: dict[int, Callable[[Run], Exit]] = {
     _EXIT_DEBUG: _debug,
     _EXIT_HLT: lambda run: HltExit(bool(run.if_flag)),
     _EXIT_MMIO: _mmio,

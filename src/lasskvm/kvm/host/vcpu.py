@@ -111,7 +111,11 @@ class Vcpu:
         return conversion.regs_from(self._do(ioctl.KVM_GET_REGS, abi.Regs()))
 
     def set_regs(self, regs: Regs) -> None:
-        """``KVM_SET_REGS``; a pending exception is dropped."""
+        """``KVM_SET_REGS``; a pending exception is dropped.
+
+        What an I/O, MMIO or MSR exit has left open is still completed by the next run, over these registers. Who does
+        not want that completes it before: runs with :attr:`immediate_exit` set, until one returns an IntrExit.
+        """
         self._do(ioctl.KVM_SET_REGS, conversion.regs_to(regs))
 
     def get_sregs(self) -> Sregs:
@@ -273,6 +277,7 @@ class Vcpu:
 
     @immediate_exit.setter
     def immediate_exit(self, value: bool) -> None:
+        """Set or clear it; any thread may."""
         self._run_page.immediate_exit = value
 
     def run(self, timeout: float | None = None) -> Exit:

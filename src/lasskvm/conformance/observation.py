@@ -1,0 +1,204 @@
+"""What became of a case on a provider, and whether that is what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lasskvm.conformance.case import ACCESS, Effect, Ending, Expected, Value
+from lasskvm.conformance.layout import DONE_VECTOR
+from lasskvm.kvm.structures import Regs, Sregs
+from lasskvm.x86.exceptions import vector_name
+from lasskvm.x86.registers import (
+    CR4_LASS,
+    EFER_LMA,
+    RFLAGS_AC,
+    RFLAGS_CF,
+    RFLAGS_IF,
+    RFLAGS_RF,
+    RFLAGS_TF,
+    RFLAGS_ZF,
+)
+
+__all__ = ["CR2_UNTOUCHED", "Observed", "describe", "differences", "register", "summary"]
+
+#: CR2 before each case.
+CR2_UNTOUCHED = 0xFFFF_8BAD_0000_0CE2
+
+#: UD2 and "kvm".
+_FORCED_PREFIX_BYTES = 5
+_FLAGS = {
+    "ac": RFLAGS_AC, "cf": RFLAGS_CF, "zf": RFLAGS_ZF, "tf": RFLAGS_TF, "rf": RFLAGS_RF, "if": RFLAGS_IF,
+}  # fmt: skip
+_SPECIAL: dict[str, Callable[[Sregs], int]] = {
+    "cr0": lambda sregs: sregs.cr0,
+    "cr4": lambda sregs: sregs.cr4,
+    "cr4.lass": lambda sregs: int(bool(sregs.cr4 & CR4_LASS)),
+    "efer.lma": lambda sregs: int(bool(sregs.efer & EFER_LMA)),
+    "gdt_base": lambda sregs: sregs.gdt.base,
+    "idt_base": lambda sregs: sregs.idt.base,
+    "ldt_base": lambda sregs: sregs.ldt.base,
+    "ldt": lambda sregs: sregs.ldt.selector,
+    "tr": lambda sregs: sregs.tr.selector,
+    "fs": lambda sregs: sregs.fs.selector,
+    "gs": lambda sregs: sregs.gs.selector,
+    "ds": lambda sregs: sregs.ds.selector,
+    "es": lambda sregs: sregs.es.selector,
+    "fs_base": lambda sregs: sregs.fs.base,
+    "gs_base": lambda sregs: sregs.gs.base,
+}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """How a case has ended.
+
+    *rip* to *ss* are the interrupted program's, from the frame of the event, where there is one. *effect* is what has
+    happened to the operand's page, None when it is none of :class:`Effect`'s; *page* says it in detail. *memory* holds
+    the words that the case asks for. *labels* are the addresses of the program's labels, *start* the registers at
+    its begin. *mmio_accesses* counts the accesses that came to the VMM.
+    """
+
+    ending: Ending
+    vector: int | None
+    error_code: int | None
+    rip: int
+    cs: int
+    rflags: int
+    rsp: int
+    ss: int
+    regs: Regs
+    sregs: Sregs
+    dr6: int
+    memory: Mapping[int, int]
+    labels: Mapping[str, int]
+    start: Regs
+    effect: Effect | None = None
+    page: str = ""
+    #: None where no page was MMIO.
+    mmio_accesses: int | None = None
+
+    def place(self, address: int) -> str:
+        """*address*, as a label when it is one's."""
+        return next((name for name, at in self.labels.items() if at == address), f"{address:#x}")
+
+    def resolve(self, value: Value) -> int:
+        """*value*, or the address of the label of that name."""
+        return self.labels[value] if isinstance(value, str) else value
+
+
+def register(observed: Observed, name: str) -> int:
+    """A register behind the case by *name*.
+
+    ``rax`` to ``r15``; of the interrupted program ``rsp``, ``cs``, ``ss`` and the flags ``ac``, ``cf``, ``zf``, ``tf``,
+    ``rf`` and ``if``; of the processor ``cr0``, ``cr4``, ``cr4.lass``, ``efer.lma``, ``gdt_base``, ``idt_base``,
+    ``ldt``, ``ldt_base``, ``tr``, ``fs``, ``gs``, ``ds``, ``es``, ``fs_base``, ``gs_base`` and ``dr6``.
+    """
+    if name in _FLAGS:
+        return int(bool(observed.rflags & _FLAGS[name]))
+    if name in _SPECIAL:
+        return _SPECIAL[name](observed.sregs)
+    if name in ("rsp", "cs", "ss"):
+        return int(getattr(observed, name))
+    if name == "dr6":
+        return observed.dr6
+    return int(getattr(observed.regs, name))
+
+
+def differences(expected: Expected, observed: Observed) -> list[str]:
+    """What is not as expected, each in a few words; empty when the case has passed."""
+    found = []
+    if _event(expected) != _observed_event(observed):
+        found.append(_event_text(observed))
+    elif expected.ending in (Ending.EVENT, Ending.HALTS) and expected.rip is not None:
+        if observed.rip != observed.resolve(expected.rip):
+            found.append(f"RIP {observed.place(observed.rip)}")
+    if expected.ending not in (Ending.SHUTDOWN, Ending.REFUSED):
+        cr2 = CR2_UNTOUCHED if expected.cr2 is None else expected.cr2
+        if observed.sregs.cr2 != cr2:
+            found.append(f"CR2 {observed.sregs.cr2:#x}")
+    if expected.effect is not None and observed.effect is not expected.effect:
+        found.append(f"page {observed.page}")
+    found += _changed_registers(expected, observed)
+    if observed.mmio_accesses is not None:
+        found += _mmio_differences(expected, observed.mmio_accesses)
+    for name, value in expected.state.items():
+        got = register(observed, name)
+        if got != observed.resolve(value):
+            found.append(f"{name} {observed.place(got) if isinstance(value, str) else hex(got)}")
+    for gva, value in expected.memory.items():
+        if observed.memory[gva] != observed.resolve(value):
+            found.append(f"[{gva:#x}] {observed.memory[gva]:#x}")
+    return found
+
+
+def _changed_registers(expected: Expected, observed: Observed) -> list[str]:
+    """An instruction that faults has changed no register; looked at where nothing ran before it."""
+    access = observed.labels.get(ACCESS)
+    if expected.ending is not Ending.EVENT or expected.rip != ACCESS or observed.rip != access:
+        return []
+    if access - observed.start.rip not in (0, _FORCED_PREFIX_BYTES):
+        return []
+    return [
+        f"{name} {register(observed, name):#x}"
+        for name, value in vars(observed.start).items()
+        if name not in ("rip", "rflags", *expected.state) and register(observed, name) != value
+    ]
+
+
+def _mmio_differences(expected: Expected, accesses: int) -> list[str]:
+    if expected.ending is Ending.COMPLETES and expected.effect is not Effect.NONE and not accesses:
+        return ["no MMIO exit"]
+    if expected.effect is Effect.NONE and accesses:
+        return [f"{accesses} MMIO exits"]
+    return []
+
+
+def describe(expected: Expected) -> str:
+    """*expected* as one line."""
+    parts = [_event_name(*_event(expected))]
+    if expected.rip is not None and expected.ending in (Ending.EVENT, Ending.HALTS):
+        parts[0] += f" at {expected.rip if isinstance(expected.rip, str) else hex(expected.rip)}"
+    if expected.ending is Ending.EVENT:
+        parts.append("CR2 unchanged" if expected.cr2 is None else f"CR2 {expected.cr2:#x}")
+    if expected.effect is not None:
+        parts.append(f"page {expected.effect.value}")
+    for name, value in expected.state.items():
+        parts.append(f"{name} {value if isinstance(value, str) else hex(value)}")
+    for gva, value in expected.memory.items():
+        parts.append(f"[{gva:#x}] {value if isinstance(value, str) else hex(value)}")
+    return ", ".join(parts)
+
+
+def summary(observed: Observed) -> str:
+    """What became of the case, as one line."""
+    parts = [_event_text(observed)]
+    if observed.ending is Ending.EVENT and observed.sregs.cr2 != CR2_UNTOUCHED:
+        parts.append(f"CR2 {observed.sregs.cr2:#x}")
+    if observed.page:
+        parts.append(f"page {observed.page}")
+    return ", ".join(parts)
+
+
+def _event(expected: Expected) -> tuple[Ending, int | None, int | None]:
+    return expected.ending, expected.vector, expected.error_code
+
+
+def _observed_event(observed: Observed) -> tuple[Ending, int | None, int | None]:
+    if observed.ending is Ending.EVENT and observed.vector == DONE_VECTOR:
+        return Ending.COMPLETES, None, None
+    return observed.ending, observed.vector, observed.error_code
+
+
+def _event_name(ending: Ending, vector: int | None, error_code: int | None) -> str:
+    if ending is not Ending.EVENT or vector is None:
+        return ending.value
+    return vector_name(vector) + ("" if error_code is None else f"({error_code:#x})" if error_code else "(0)")
+
+
+def _event_text(observed: Observed) -> str:
+    ending, vector, error_code = _observed_event(observed)
+    name = _event_name(ending, vector, error_code)
+    if ending in (Ending.EVENT, Ending.HALTS):
+        return f"{name} at {observed.place(observed.rip)}"
+    return name
