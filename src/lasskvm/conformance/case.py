@@ -18,6 +18,8 @@ from lasskvm.x86.registers import RFLAGS_AC
 
 __all__ = [
     "ACCESS",
+    "COMPLETION",
+    "COMPLETION_CODE",
     "Case",
     "Effect",
     "Ending",
@@ -36,6 +38,11 @@ __all__ = [
 
 #: The label of the instruction under test. The forced emulation prefix goes in front of it.
 ACCESS = "access"
+
+#: How a program says that it has come to its end: #UD at an UD2 with these bytes behind it. Unlike INT, that takes
+#: nothing that a KVM without hardware support does not have, and unlike HLT it works at any privilege level.
+COMPLETION = "ud2; db 0x64, 0x6f, 0x6e, 0x65"
+COMPLETION_CODE = b"\x0f\x0bdone"
 
 #: A number, or a label of the case's program: its address.
 Value = int | str
@@ -168,7 +175,7 @@ class Mode(Enum):
 class Case:
     """One case.
 
-    *program* is assembly, its ``access`` label at the instruction under test; ``INT 80H`` follows it. *lass* is what
+    *program* is assembly, its ``access`` label at the instruction under test; :data:`COMPLETION` follows it. *lass* is what
     becomes of it with CR4.LASS = 1, *off* with CR4.LASS = 0 (None: there is no such contrast). The state at its begin
     is that of :mod:`lasskvm.conformance.layout` with *registers*, *rflags* (added to the fixed ones), *sregs* (fields
     of ``Sregs``), *msrs*, the *setup* steps on memory, CR4.SMAP and CR4.SMEP as *smap* and *smep* say, and *cr4* added.

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lasskvm.conformance.case import ACCESS, Effect, Ending, Expected, Value
-from lasskvm.conformance.layout import DONE_VECTOR
 from lasskvm.kvm.structures import Regs, Sregs
 from lasskvm.x86.exceptions import vector_name
 from lasskvm.x86.registers import (
@@ -185,8 +184,6 @@ def _event(expected: Expected) -> tuple[Ending, int | None, int | None]:
 
 
 def _observed_event(observed: Observed) -> tuple[Ending, int | None, int | None]:
-    if observed.ending is Ending.EVENT and observed.vector == DONE_VECTOR:
-        return Ending.COMPLETES, None, None
     return observed.ending, observed.vector, observed.error_code
 
 

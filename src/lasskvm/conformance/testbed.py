@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from lasskvm.conformance import layout
 from lasskvm.conformance.assembler import FORCED_EMULATION, Assembled, assemble
 from lasskvm.conformance.backends import Backend
-from lasskvm.conformance.case import ACCESS, Case, Effect, Ending
-from lasskvm.conformance.layout import DONE_VECTOR, PageTables
+from lasskvm.conformance.case import ACCESS, COMPLETION, COMPLETION_CODE, Case, Effect, Ending
+from lasskvm.conformance.layout import PageTables
 from lasskvm.conformance.modes import (
     event_frame,
     handler_vector,
@@ -30,6 +30,7 @@ from lasskvm.kvm.exits import Exit, HltExit, InternalErrorExit, IoExit, MmioExit
 from lasskvm.kvm.structures import DebugRegs, Regs, Sregs
 from lasskvm.memory import PAGE_SIZE
 from lasskvm.x86.cpuid import CpuidEntry
+from lasskvm.x86.exceptions import UD
 from lasskvm.x86.paging import PTE_A, PTE_D, PTE_P
 from lasskvm.x86.registers import (
     CR0_PE,
@@ -57,12 +58,12 @@ _PATTERN = bytes((0x11 * (1 + number % 7)) for number in range(PAGE_SIZE))
 
 
 def assemble_case(case: Case, *, forced: bool = False) -> Assembled:
-    """The program of *case*, ``INT 80H`` behind it; *forced*: the instruction under test has KVM's prefix."""
+    """The program of *case*, its completion behind it; *forced*: the instruction under test has KVM's prefix."""
     source = case.program
     if forced:
         source = source.replace(f"{ACCESS}:", f"{FORCED_EMULATION}; {ACCESS}:")
     at = program_place(case.mode, case.cpl)[0] if case.at is None else case.at
-    return assemble(f"{source}\nint {DONE_VECTOR:#x}", at, case.bits)
+    return assemble(f"{source}\n{COMPLETION}", at, case.bits)
 
 
 class ProviderError(Exception):
@@ -126,9 +127,8 @@ class Testbed:
         write_legacy_tables(memory)
         for vector in range(layout.VECTORS):
             memory.write(layout.HANDLERS_GPA + vector * layout.HANDLER_BYTES, _HLT)
-        landing = assemble(f"int {DONE_VECTOR:#x}", 0).code
         for gpa in range(layout.DATA_GPA, layout.CASE_MEMORY_END, PAGE_SIZE):
-            memory.write(gpa, landing + _PATTERN[len(landing) :])
+            memory.write(gpa, COMPLETION_CODE + _PATTERN[len(COMPLETION_CODE) :])
         self._tables.map_layout()
         self._pristine_tables = self._tables.next_free
         self._pristine = [
@@ -260,6 +260,8 @@ class Testbed:
             if vector is not None:
                 ending = Ending.EVENT
                 error_code, frame = self._frame(vector, regs, sregs)
+                if vector == UD and self._is_completion(frame[0], long_mode=long_mode):
+                    ending, vector = Ending.COMPLETES, None
         asked = {*case.lass.memory, *(case.off.memory if case.off else ())}
         return Observed(
             ending, vector, error_code, *frame, regs=regs, sregs=sregs,
@@ -278,6 +280,13 @@ class Testbed:
         return error_code, (
             rip, cs, rflags, regs.rsp if rsp is None else rsp, sregs.ss.selector if ss is None else ss
         )  # fmt: skip
+
+    def _is_completion(self, rip: int, *, long_mode: bool) -> bool:
+        if not long_mode:
+            # All segments that cases use begin at 0.
+            return self._memory.read(rip, len(COMPLETION_CODE)) == COMPLETION_CODE
+        code = self._load(rip, len(COMPLETION_CODE))
+        return code.to_bytes(len(COMPLETION_CODE), "little") == COMPLETION_CODE
 
     def _load(self, gva: int, size: int, device: _Device | None = None) -> int:
         """*size* bytes at linear *gva*, which may cross the end of a page; zeros where nothing is mapped."""

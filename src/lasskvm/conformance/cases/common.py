@@ -1,7 +1,6 @@
 """What the case tables share: addresses, and the pair of cases that most instructions get.
 
-Every page of the layout holds bytes that are not zero from its second byte on; its first two are ``INT 80H``, so that
-it can be jumped to.
+Every page of the layout can be jumped to: it begins with what ends a program. The other bytes are not zero.
 """
 
 from __future__ import annotations

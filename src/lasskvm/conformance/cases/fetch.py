@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lasskvm.conformance import layout
-from lasskvm.conformance.case import Case, Effect, Expected, completes, gp, pf
+from lasskvm.conformance.case import COMPLETION_CODE, Case, Effect, Expected, completes, gp, pf
 from lasskvm.conformance.cases.common import LAST_PAGE, last_and_first_page
 from lasskvm.conformance.setup import Bytes, Map
 from lasskvm.x86.exceptions import PF_I, PF_P, PF_U
@@ -86,7 +86,6 @@ def _case(cpl: int, page: str, smep: int, smap: int, ac: int, lass: str, off: st
 _NOP = b"\x90"
 #: Three bytes.
 _MOV_RAX_RAX = b"\x48\x89\xc0"
-_INT_80 = b"\xcd\x80"
 _SPECIAL = (
     Case(
         id=f"{_GROUP}/running-off-the-end", group=_GROUP,
@@ -102,7 +101,7 @@ _SPECIAL = (
         registers={"rbx": (1 << 64) - 2},
         setup=(
             *last_and_first_page(),
-            Bytes((1 << 64) - 2, _MOV_RAX_RAX[:2]), Bytes(0, _MOV_RAX_RAX[2:] + _INT_80),
+            Bytes((1 << 64) - 2, _MOV_RAX_RAX[:2]), Bytes(0, _MOV_RAX_RAX[2:] + COMPLETION_CODE),
         ),
         operand=0, lass=gp((1 << 64) - 2), off=completes(Effect.READ),
     ),
