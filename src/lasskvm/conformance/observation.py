@@ -116,7 +116,7 @@ def differences(expected: Expected, observed: Observed) -> list[str]:
         cr2 = CR2_UNTOUCHED if expected.cr2 is None else expected.cr2
         if observed.sregs.cr2 != cr2:
             found.append(f"CR2 {observed.sregs.cr2:#x}")
-    if expected.effect is not None and observed.effect is not expected.effect:
+    if expected.effect is not None and observed.page and observed.effect is not expected.effect:
         found.append(f"page {observed.page}")
     found += _changed_registers(expected, observed)
     if observed.mmio_accesses is not None:

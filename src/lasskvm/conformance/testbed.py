@@ -54,7 +54,6 @@ _BLOCK = 0x10000
 #: More exits than any case needs: FXSAVE to MMIO is 64.
 _MAX_EXITS = 400
 _WORD_BYTES = 8
-_PATTERN = bytes((0x11 * (1 + number % 7)) for number in range(PAGE_SIZE))
 
 
 def assemble_case(case: Case, *, forced: bool = False) -> Assembled:
@@ -68,6 +67,11 @@ def assemble_case(case: Case, *, forced: bool = False) -> Assembled:
 
 class ProviderError(Exception):
     """The provider could not execute a case; *str(error)* says what happened. The VM is of no use any more."""
+
+
+def _page_pattern(gpa: int) -> bytes:
+    """What the page at *gpa* holds at first: no byte is 0, no word is another page's."""
+    return bytes(0x11 * (1 + (number + gpa // PAGE_SIZE) % 7) for number in range(PAGE_SIZE))
 
 
 @dataclass
@@ -128,7 +132,7 @@ class Testbed:
         for vector in range(layout.VECTORS):
             memory.write(layout.HANDLERS_GPA + vector * layout.HANDLER_BYTES, _HLT)
         for gpa in range(layout.DATA_GPA, layout.CASE_MEMORY_END, PAGE_SIZE):
-            memory.write(gpa, COMPLETION_CODE + _PATTERN[len(COMPLETION_CODE) :])
+            memory.write(gpa, COMPLETION_CODE + _page_pattern(gpa)[len(COMPLETION_CODE) :])
         self._tables.map_layout()
         self._pristine_tables = self._tables.next_free
         self._pristine = [
@@ -153,7 +157,10 @@ class Testbed:
         site = Site(self._memory, self._tables, program.labels)
         for step in case.setup:
             step.apply(site)
-        self._tables.write(program.address, program.code)
+        if case.mode.is_ia32e:
+            self._tables.write(program.address, program.code)
+        else:
+            self._memory.write(program.address, program.code)
         device = self._map_device(case.mmio if mmio else ())
         before = None if case.operand is None else self._page(case.operand, device)
         start = self._registers(case, program)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 from lasskvm.emulator.fpu import Fpu, FpuState
 from lasskvm.emulator.mmio import Mmio
@@ -15,7 +17,10 @@ from lasskvm.state import Words
 from lasskvm.x86.cpuid import CpuidTable
 from lasskvm.x86.paging import PhysicalMemory
 
-__all__ = ["Emulation", "PortRead", "PortWrite", "Translate"]
+if TYPE_CHECKING:
+    from lasskvm.emulator.decode import Decoded
+
+__all__ = ["DebugMonitor", "Emulation", "MsrPermission", "PortRead", "PortWrite", "Translate"]
 
 #: A function with the parameters and results of :func:`lasskvm.emulator.mmu.translate`.
 Translate = Callable[[Words, PhysicalMemory, int, int, int, int, int], tuple[int, int, int, int]]
@@ -24,6 +29,24 @@ Translate = Callable[[Words, PhysicalMemory, int, int, int, int, int], tuple[int
 PortRead = Callable[[int, int], int | None]
 #: ``write(port, size, value)`` tells whether a device has taken it.
 PortWrite = Callable[[int, int, int], bool]
+#: ``permission(index, is_write)`` tells whether the guest may access an MSR, or the VMM is to be asked.
+MsrPermission = Callable[[int, bool], bool]
+
+
+class DebugMonitor(Protocol):
+    """The VMM's debugger (``KVM_SET_GUEST_DEBUG``), as emulated instructions meet it."""
+
+    #: Whether INT3 goes to the VMM.
+    reports_int3: bool
+
+    def filter_debug_trap(self, dr6: int) -> int:
+        """A #DB with the bits *dr6* is due: the bits that the guest gets.
+
+        Raises :class:`~lasskvm.emulator.faults.DebugReport` when the VMM gets it.
+        """
+
+    def guest_registers(self) -> AbstractContextManager[object]:
+        """While this is entered, DR0 to DR3 and DR7 of the state words are the guest's own."""
 
 
 def _no_port_reads(port: int, size: int) -> int | None:
@@ -45,9 +68,11 @@ class Emulation:
     at RIP where direct execution has left them; whoever sets it takes it back when RIP moves.
     ``leave_block`` is set when the interpreter must not just go on with the next instruction: code has been stored to,
     or a device accessed. ``forced_emulation`` says whether UD2 with "kvm" behind it is the forced emulation prefix.
+    ``decoded`` is the instruction in progress, for when it has to be executed once more.
     ``fpu`` has the x87 and SSE registers, which are no state words.
     ``read_port`` and ``write_port`` ask the VM's own devices; what they do not claim is the VMM's to answer.
     ``watch_hits`` are the data and I/O breakpoints (bits 3:0 as in DR6) that the instruction in progress has met.
+    ``msr_permission`` is the VM's MSR filter, if it has one, and ``debugger`` that of the VMM.
     """
 
     words: Words
@@ -66,3 +91,6 @@ class Emulation:
     watch_hits: int = 0
     leave_block: bool = False
     forced_emulation: bool = False
+    msr_permission: MsrPermission | None = None
+    debugger: DebugMonitor | None = None
+    decoded: Decoded | None = None

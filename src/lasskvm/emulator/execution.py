@@ -32,6 +32,7 @@ __all__ = [
     "emulate_instruction",
     "execute",
     "is_implemented",
+    "resume_instruction",
     "skip_forced_emulation_prefix",
     "step",
 ]
@@ -39,8 +40,7 @@ __all__ = [
 _COMPILED_INSTRUCTIONS = 1 << 15
 _DR7_ENABLED = 0xFF
 #: UD2, then the letters "kvm" (KVM's ``KVM_FEP``).
-_FORCED_EMULATION_PREFIX = int.from_bytes(b"\x0f\x0bkvm", "little")
-_FORCED_EMULATION_BYTES = 5
+_FORCED_EMULATION_PREFIX = b"\x0f\x0bkvm"
 
 
 def is_implemented(decoded: Decoded) -> bool:
@@ -104,11 +104,31 @@ def emulate_instruction(ctx: Emulation) -> None:
     but for :class:`GuestFault`.
     """
     try:
-        execute(ctx, fetch_instruction(ctx))
-        if ctx.watch_hits:
-            raise debug_trap(ctx.watch_hits)
+        ctx.decoded = None
+        ctx.decoded = fetch_instruction(ctx)
+        _execute_and_trap(ctx, ctx.decoded)
     except GuestFault as fault:
         deliver_fault(ctx, fault)
+
+
+def resume_instruction(ctx: Emulation) -> None:
+    """Execute the instruction at CS:RIP once more, now that the VMM has answered what it waited for.
+
+    It is not fetched again, so what has been answered belongs to it (KVM's ``EMULTYPE_NO_DECODE``).
+    """
+    if ctx.decoded is None:
+        emulate_instruction(ctx)
+        return
+    try:
+        _execute_and_trap(ctx, ctx.decoded)
+    except GuestFault as fault:
+        deliver_fault(ctx, fault)
+
+
+def _execute_and_trap(ctx: Emulation, decoded: Decoded) -> None:
+    execute(ctx, decoded)
+    if ctx.watch_hits:
+        raise debug_trap(ctx.watch_hits)
 
 
 def step(ctx: Emulation) -> None:
@@ -123,7 +143,10 @@ def step(ctx: Emulation) -> None:
 
 
 def deliver_fault(ctx: Emulation, fault: GuestFault) -> None:
-    """Give *fault* of the instruction in progress to the guest, or go on behind a forced emulation prefix."""
+    """Give *fault* of the instruction in progress to the guest, or go on behind a forced emulation prefix.
+
+    Raises :class:`~lasskvm.emulator.faults.DebugReport` when it is the VMM's.
+    """
     ctx.mmio.commit()
     if fault.vector == UD and skip_forced_emulation_prefix(ctx):
         return
@@ -131,6 +154,8 @@ def deliver_fault(ctx: Emulation, fault: GuestFault) -> None:
     if fault.vector == DB and dr6 is not None and dr6 & DR6_BS:
         # Data breakpoints are traps: they count when the instruction has been completed.
         dr6 |= ctx.watch_hits
+    if fault.vector == DB and dr6 is not None and ctx.debugger is not None:
+        dr6 = ctx.debugger.filter_debug_trap(dr6)
     ctx.halted = False
     event = Event(fault.vector, error_code=fault.error_code, cr2=fault.cr2, dr6=dr6)
     deliver_event(ctx.words, ctx.memory, event)
@@ -144,11 +169,17 @@ def skip_forced_emulation_prefix(ctx: Emulation) -> bool:
     if not ctx.forced_emulation:
         return False
     words = ctx.words
-    address = linear_address(words, CS, words[RIP])
-    prefix, *fault = load_linear(
-        words, ctx.memory, address, _FORCED_EMULATION_BYTES, FETCH, words[CPL], words[RFLAGS]
-    )
-    if fault[0] or prefix != _FORCED_EMULATION_PREFIX:
+    prefix = ctx.prefetched[: len(_FORCED_EMULATION_PREFIX)] or _bytes_at_rip(ctx, len(_FORCED_EMULATION_PREFIX))
+    if prefix != _FORCED_EMULATION_PREFIX:
         return False
-    words[RIP] = words[RIP] + _FORCED_EMULATION_BYTES & instruction_pointer_mask(words)
+    words[RIP] = words[RIP] + len(prefix) & instruction_pointer_mask(words)
+    ctx.prefetched = ctx.prefetched[len(prefix) :]
     return True
+
+
+def _bytes_at_rip(ctx: Emulation, size: int) -> bytes:
+    """*size* bytes at CS:RIP; none when they cannot be fetched."""
+    words = ctx.words
+    address = linear_address(words, CS, words[RIP])
+    value, vector, *_ = load_linear(words, ctx.memory, address, size, FETCH, words[CPL], words[RFLAGS])
+    return b"" if vector else value.to_bytes(size, "little")

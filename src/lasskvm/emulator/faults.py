@@ -10,6 +10,7 @@ from __future__ import annotations
 from lasskvm.x86.exceptions import DB, GP, PF, SS, UD, vector_name
 
 __all__ = [
+    "DebugReport",
     "GuestFault",
     "TripleFault",
     "Unhandleable",
@@ -40,6 +41,18 @@ class GuestFault(Exception):
 
 class TripleFault(Exception):
     """A fault while #DF is delivered: the processor enters shutdown (SDM volume 3A, 7.15)."""
+
+
+class DebugReport(Exception):
+    """A debug exception (#DB or #BP) that the VMM has asked for, instead of the guest (``KVM_EXIT_DEBUG``).
+
+    ``dr6`` has the bits that say what it was.
+    """
+
+    def __init__(self, vector: int, dr6: int = 0) -> None:
+        self.vector = vector
+        self.dr6 = dr6
+        super().__init__(vector_name(vector))
 
 
 class Unhandleable(Exception):

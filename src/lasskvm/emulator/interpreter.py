@@ -90,6 +90,19 @@ class Interpreter:
         self._ctx.tlb.flush()
         self._code_pages.clear()
 
+    def forget_code(self) -> None:
+        """Forget all decoded code and all translations, as in a new interpreter; the counters go on."""
+        self._blocks.clear()
+        self._ctx.tlb.code_pages.clear()
+        self.forget_translations()
+
+    def step(self) -> None:
+        """Execute one instruction exactly, as a block of its own; raises what :meth:`run` raises."""
+        self.blocks += 1
+        self._ctx.tlb.suspend()
+        self._step()
+        self._ctx.leave_block = False
+
     def run(self, blocks: int, may_go_on: Callable[[], bool] | None = None) -> None:
         """Execute up to *blocks* blocks.
 

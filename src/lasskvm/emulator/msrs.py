@@ -46,8 +46,19 @@ from lasskvm.x86.registers import FS, GS, MASK32, MASK64
 
 if TYPE_CHECKING:
     from lasskvm.emulator.context import Emulation
+    from lasskvm.emulator.decode import Decoded
 
-__all__ = ["MSRS", "NOT_A_BASE_MSR", "Msr", "MsrFile", "guest_tsc", "read_msr", "write_base_msr", "write_msr"]
+__all__ = [
+    "MSRS",
+    "NOT_A_BASE_MSR",
+    "Msr",
+    "MsrAccessNeeded",
+    "MsrFile",
+    "guest_tsc",
+    "read_msr",
+    "write_base_msr",
+    "write_msr",
+]
 
 _FS_BASE = segment_word(FS, BASE)
 _GS_BASE = segment_word(GS, BASE)
@@ -197,6 +208,16 @@ class MsrFile:
     def cpuid_faulting(self) -> bool:
         """Whether CPUID is #GP(0) at CPL 1 to 3 (MISC_FEATURE_ENABLES)."""
         return bool(self.values[msr.MSR_MISC_FEATURE_ENABLES] & _MISC_FEATURE_CPUID_FAULTING)
+
+
+class MsrAccessNeeded(Exception):
+    """RDMSR (*value* is None) or WRMSR of MSR *index*, which the VM's filter leaves to the VMM. Nothing has changed."""
+
+    def __init__(self, decoded: Decoded, index: int, value: int | None) -> None:
+        self.decoded = decoded
+        self.index = index
+        self.value = value
+        super().__init__(f"access to MSR {index:#x}")
 
 
 def guest_tsc(ctx: Emulation) -> int:

@@ -72,6 +72,8 @@ NO_PORT = 1 << 16
 FN_TRANSLATE_INSTRUCTION, FN_CODE_PAGE, CODE_PAGE, CODE_HOST = range(128, 132)
 #: Where a run ends before the instruction at this linear address.
 RUN_UNTIL = 132
+#: Whether the VM filters the guest's accesses to MSRs, so that none may be done natively.
+FILTERS_MSRS = 133
 #: No page and no instruction has this linear address: it is not canonical, and more than 32 bits.
 NO_ADDRESS = 1 << 62
 

@@ -228,6 +228,24 @@ class Engine:
         words[c.WATCH_HIT] = words[c.WATCH_BORROWED_TF] = 0
         return hit, borrowed
 
+    @property
+    def filters_msrs(self) -> bool:
+        """Whether the emulator is to see every access to an MSR."""
+        return bool(self._context_words[c.FILTERS_MSRS])
+
+    @filters_msrs.setter
+    def filters_msrs(self, value: bool) -> None:
+        self._context_words[c.FILTERS_MSRS] = int(value)
+
+    def transient_state(self) -> list[int]:
+        """What lasts from one run to the next beside the state words and the FPU, for snapshots."""
+        return [self._context_words[index] for index in _TRANSIENT_STATE]
+
+    def load_transient_state(self, values: list[int]) -> None:
+        """The inverse of :meth:`transient_state`."""
+        for index, value in zip(_TRANSIENT_STATE, values, strict=True):
+            self._context_words[index] = value
+
     def set_features(self, features: tuple[int, ...]) -> None:
         """Gate the translator by the guest's CPUID: what is missing there is #UD in the guest.
 
@@ -411,6 +429,9 @@ _PORT_READ = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32)
 _PORT_WRITE = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32)
 _GET_PAGE_ADDRESS = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)
 _FLUSH = ctypes.CFUNCTYPE(None, ctypes.c_uint64)
+
+#: The branch that a fault at its target undoes, and a data breakpoint that is being stepped over.
+_TRANSIENT_STATE = (c.LAST_BLOCK, c.WATCH_HIT, c.WATCH_BORROWED_TF)
 
 _LIBRARY_FUNCTIONS = {
     c.FN_TLB_SET_PAGE: "tlb_set_page",

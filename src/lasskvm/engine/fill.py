@@ -69,6 +69,7 @@ from lasskvm.memory import (
     PAGE_CODE,
     PAGE_DIRTY,
     SLOT_FLAGS,
+    SLOT_LOG_DIRTY_PAGES,
     SLOT_PAGE_FLAGS,
     SLOT_READONLY,
     SLOT_WORDS,
@@ -174,8 +175,7 @@ def fill(
     is_global = permissions & PERM_GLOBAL
     permissions = _keep_write_xor_execute(cpu, context, memory, slot, page, permissions & _PERM_RWX, flags)
     if permissions & PERM_W != 0:
-        page_flags = load64(slot + 8 * SLOT_PAGE_FLAGS) + page
-        store8(page_flags, load8(page_flags) | PAGE_DIRTY)
+        permissions = _log_dirty_page(slot, page, permissions, flags)
     if flags & FETCH == 0 and watched_page(state, address):
         every_access = True
         hit = watch_hit(state, address, size, flags)
@@ -282,6 +282,19 @@ def _keep_write_xor_execute(
         store32(write_epoch, load64(context + 8 * EPOCH))
         return permissions
     return permissions & PERM_R
+
+
+def _log_dirty_page(slot: int, page: int, permissions: int, flags: int) -> int:
+    """Note that the page will be written to; what of *permissions* the entry may have.
+
+    Where dirty pages are logged, a page that is only read gets no writable entry, so that its first store comes here.
+    """
+    page_flags = load64(slot + 8 * SLOT_PAGE_FLAGS) + page
+    value = load8(page_flags)
+    if flags & WRITE == 0 and value & PAGE_DIRTY == 0 and load64(slot + 8 * SLOT_FLAGS) & SLOT_LOG_DIRTY_PAGES != 0:
+        return permissions & (PERM_R | PERM_X)
+    store8(page_flags, value | PAGE_DIRTY)
+    return permissions
 
 
 def flush_local(cpu: int, context: int) -> None:

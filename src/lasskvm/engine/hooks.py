@@ -39,6 +39,7 @@ from lasskvm.engine.context import (
     FAULT_ERROR_CODE,
     FAULT_FLAGS,
     FAULT_VECTOR,
+    FILTERS_MSRS,
     FN_CC_COMPUTE_ALL,
     INSTRUCTION,
     INSTRUCTION_BYTES,
@@ -278,7 +279,7 @@ def _frequent_instruction(context: int, env: int, number: int) -> bool:
             flush_local(load64(context + 8 * CPU), context)
         _complete(env, state, length + 1)
         return True
-    if number == _EVENT_MSR and opcode == _OPCODE_WRMSR:
+    if number == _EVENT_MSR and opcode == _OPCODE_WRMSR and load64(context + 8 * FILTERS_MSRS) == 0:
         save_state(env, state, load64(context + 8 * FN_CC_COMPUTE_ALL))
         value = (state[RAX] & MASK32) | ((state[RDX] & MASK32) << 32)
         if write_base_msr(state, state[RCX] & MASK32, value) != 0:

@@ -40,6 +40,11 @@ class Difference:
     first: str
     second: str
 
+    @property
+    def region(self) -> str:
+        """The name without the place in a region of memory."""
+        return self.name.partition("+")[0].rstrip("0123456789 ") if "+" in self.name else self.name
+
 
 def agree(first: EndState, second: EndState) -> bool:
     """Whether nothing differs at all."""
@@ -59,9 +64,9 @@ def differences(case: Case, first: EndState, second: EndState) -> tuple[Differen
     undefined = undefined_flags(case.mode.bits, case.code)
     found += _word_differences(first, second, undefined)
     found += _memory_differences(first, second, undefined)
-    for name, *values in zip(names(), first.fpu, second.fpu, strict=True):
-        if values[0] != values[1]:
-            found.append(Difference(name, hex(values[0]), hex(values[1])))
+    for name, ours, theirs in zip(names(), first.fpu, second.fpu, strict=True):
+        if ours != theirs:
+            found.append(Difference(name, hex(ours), hex(theirs)))
     for index in sorted(first.msrs.keys() | second.msrs.keys()):
         values = first.msrs.get(index), second.msrs.get(index)
         if values[0] != values[1]:

@@ -24,6 +24,7 @@ from iced_x86 import (
     OpCodeTableKind,
 )
 
+from lasskvm.fuzz import layout
 from lasskvm.fuzz.case import Case
 
 __all__ = ["decode_at", "instructions_of", "random_instruction", "reads_time"]
@@ -116,9 +117,11 @@ def decode_at(bits: int, code: bytes, ip: int = 0) -> Instruction | None:
 
 def instructions_of(case: Case) -> tuple[Instruction, ...]:
     """The instructions of *case*, in a line from the first; the last one may reach into the filler."""
-    decoder = Decoder(case.mode.bits, case.code + bytes([case.filler]) * _MAX_LENGTH, ip=case.rip)
+    code = case.code[: layout.CODE_BYTES - layout.code_offset(case)]
+    filler = case.filler if len(code) == len(case.code) else layout.FREE_MEMORY
+    decoder = Decoder(case.mode.bits, code + bytes([filler]) * _MAX_LENGTH, ip=case.rip)
     found = []
-    while decoder.position < len(case.code):
+    while decoder.position < len(code):
         found.append(decoder.decode())
     return tuple(found)
 

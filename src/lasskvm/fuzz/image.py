@@ -42,7 +42,6 @@ Image = NDArray[np.uint8]
 #: UD2 and the letters "kvm". It lies in front of every case's code, where only one kind of path starts.
 FORCED_EMULATION_PREFIX = b"\x0f\x0bkvm"
 
-_HLT = 0xF4
 _PARENT = PTE_P | PTE_W | PTE_U
 _KERNEL = PTE_P | PTE_W
 #: Some of the tables that lead to pages have been used before.
@@ -87,17 +86,11 @@ def case_image(case: Case) -> Image:
 
 def _place_code(image: Image, case: Case) -> None:
     image[layout.CODE_GPA : layout.CODE_GPA + layout.CODE_BYTES] = case.filler
-    start = layout.CODE_GPA + code_offset(case)
+    start = layout.CODE_GPA + layout.code_offset(case)
     _put(image, start, case.code[: layout.CODE_GPA + layout.CODE_BYTES - start])
     prefix = len(FORCED_EMULATION_PREFIX)
     if start - prefix >= layout.CODE_GPA:
         _put(image, start - prefix, FORCED_EMULATION_PREFIX)
-
-
-def code_offset(case: Case) -> int:
-    """Where in the two code pages the code of *case* begins."""
-    base = 0 if case.mode is Mode.LONG64 else case.segments[1].base
-    return (base + case.rip) % layout.CODE_BYTES
 
 
 def _fill_data(image: Image, case: Case) -> None:
@@ -152,7 +145,7 @@ class _Pristine:
 def _pristine(paging: Paging, user_identity: bool, is_ia32e: bool) -> _Pristine:
     image = np.zeros(layout.MEMORY_BYTES, np.uint8)
     # Wherever a case jumps to, it ends soon.
-    image[layout.HANDLERS_GPA : layout.TABLES_GPA] = _HLT
+    image[layout.HANDLERS_GPA : layout.TABLES_GPA] = layout.FREE_MEMORY
     _write_vectors(image)
     _write_gates(image)
     _write_descriptors(image, layout.GDT_GPA, is_long=True)

@@ -48,7 +48,7 @@ class Mismatch:
     @cached_property
     def names(self) -> frozenset[str]:
         """What differs: names of registers, and of regions of memory without the offset."""
-        return frozenset(difference.name.partition("+")[0] for difference in self.differences)
+        return frozenset(difference.region for difference in self.differences)
 
     def end(self, kind: PathKind) -> EndState:
         """The end state of path *kind*."""

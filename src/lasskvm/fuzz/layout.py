@@ -8,8 +8,9 @@ access can reach from one kind of page into another. Behind the memory there is 
 
 from __future__ import annotations
 
-from lasskvm.fuzz.case import Mode, Paging
+from lasskvm.fuzz.case import Case, Mode, Paging
 from lasskvm.x86.paging import PTE_A, PTE_D, PTE_P, PTE_PS, PTE_U, PTE_W, PTE_XD
+from lasskvm.x86.registers import CS
 
 __all__ = ["code_base", "data_pages", "page_entry"]
 
@@ -30,6 +31,8 @@ CODE_BYTES = 2 * PAGE
 STACK_BYTES = 2 * PAGE
 HANDLER_BYTES = 16
 VECTORS = 256
+#: What is where nothing else is: HLT, so that a case that jumps there ends.
+FREE_MEMORY = 0xF4
 #: Frames of data pages; each data page has its own, but large pages, which map all of memory.
 DATA_FRAMES = 0x18
 
@@ -164,6 +167,12 @@ def code_base(mode: Mode, paging: Paging, *, user: bool, upper: bool) -> int:
     if user:
         return USER_CODE
     return UPPER + CODE_GPA if upper else LOW_KERNEL_CODE
+
+
+def code_offset(case: Case) -> int:
+    """Where in the two code pages the code of *case* begins."""
+    base = 0 if case.mode is Mode.LONG64 else case.segments[CS].base
+    return (base + case.rip) % CODE_BYTES
 
 
 def handlers_base(mode: Mode) -> int:

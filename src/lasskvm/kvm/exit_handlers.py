@@ -118,22 +118,27 @@ def _exception(vcpu: Vcpu, engine_exit: EngineExit) -> None:
     if vector == DB:
         _debug_exception(vcpu)
         return
-    if vector == UD and skip_forced_emulation_prefix(vcpu.emulation):
-        emulate_instruction(vcpu.emulation)
-        return
-    if vector in _REFUSALS and _is_ours(vcpu):
-        _emulate(vcpu, engine_exit)
+    if vector in _REFUSALS and _emulate_refused(vcpu, engine_exit):
         return
     error_code = engine_exit.error_code if has_error_code(vector) else None
     deliver_event(words, vcpu.vm.memory, Event(vector, error_code=error_code))
 
 
-def _is_ours(vcpu: Vcpu) -> bool:
+def _emulate_refused(vcpu: Vcpu, engine_exit: EngineExit) -> bool:
+    """Emulate the instruction that the translator has refused; False when the emulator does not know it either."""
+    ctx = vcpu.emulation
+    ctx.prefetched = engine_exit.instruction
     try:
-        decoded = fetch_instruction(vcpu.emulation)
-    except GuestFault:
-        return False
-    return is_implemented(decoded)
+        if not (engine_exit.vector == UD and skip_forced_emulation_prefix(ctx)):
+            try:
+                if not is_implemented(fetch_instruction(ctx)):
+                    return False
+            except GuestFault:
+                return False
+        emulate_instruction(ctx)
+    finally:
+        ctx.prefetched = b""
+    return True
 
 
 def _debug_exception(vcpu: Vcpu) -> None:

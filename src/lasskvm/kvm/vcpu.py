@@ -16,7 +16,7 @@ from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.control import load_pdptes
 from lasskvm.emulator.decode import fetch_instruction
 from lasskvm.emulator.events import Event, EventKind, deliver_event
-from lasskvm.emulator.execution import deliver_fault, emulate_instruction
+from lasskvm.emulator.execution import deliver_fault, emulate_instruction, resume_instruction
 from lasskvm.emulator.faults import GuestFault, TripleFault, Unhandleable, debug_trap
 from lasskvm.emulator.instructions.ports import finish_access
 from lasskvm.emulator.interpreter import Interpreter
@@ -372,7 +372,7 @@ class Vcpu:
     def _finish_mmio_read(self, mmio_exit: MmioExit) -> None:
         """Take the VMM's answer, and execute the instruction at RIP once more with it."""
         self.emulation.mmio.answer(mmio_exit.data & (1 << 8 * mmio_exit.size) - 1)
-        emulate_instruction(self.emulation)
+        resume_instruction(self.emulation)
 
     def _mmio_write_exit(self) -> MmioExit:
         write = self.emulation.mmio.writes.pop(0)

@@ -54,7 +54,7 @@ SUPPORTED: frozenset[str] = _names("""
 #: - With ERMS and FSRM, kernels clear and copy pages by REP STOSB and REP MOVSB, which direct execution does byte by
 #:   byte; without, eight bytes at a time.
 #: - SERIALIZE leaves direct execution; what kernels use in its place does not.
-#: - Linux keeps protection keys in the XSAVE area, and there is no XSAVE; it has no use for those of supervisor pages.
+#: - Linux expects XSAVE where there are protection keys, and has no use for those of supervisor pages.
 _ON_REQUEST = _names("la57 erms fsrm serialize pku pks")
 
 #: What a feature cannot be without.

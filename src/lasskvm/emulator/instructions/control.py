@@ -14,7 +14,7 @@ from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.data_access import load
 from lasskvm.emulator.decode import SEGMENT_NUMBERS, Decoded
 from lasskvm.emulator.events import Event, EventKind, deliver_event
-from lasskvm.emulator.faults import GuestFault, general_protection, invalid_opcode
+from lasskvm.emulator.faults import DebugReport, GuestFault, general_protection, invalid_opcode
 from lasskvm.emulator.operands import load_memory_operand, read_register
 from lasskvm.emulator.operation import Builder, Executor, Handler
 from lasskvm.emulator.syscalls import syscall64, sysenter, sysexit, sysret
@@ -94,6 +94,8 @@ def _int(ctx: Emulation, decoded: Decoded) -> None:
 
 
 def _int3(ctx: Emulation, decoded: Decoded) -> None:
+    if ctx.debugger is not None and ctx.debugger.reports_int3:
+        raise DebugReport(BP)
     _deliver_software_event(ctx, decoded, BP, EventKind.SOFTWARE)
 
 

@@ -9,6 +9,8 @@ Source: Intel SDM volume 2, the instructions by name; KVM's ``handle_cr()``, ``h
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 from iced_x86 import Code, Mnemonic, Register
 
 from lasskvm.emulator import control
@@ -16,7 +18,7 @@ from lasskvm.emulator.completion import Handler, complete, require_cpl0
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.decode import Decoded
 from lasskvm.emulator.faults import Unhandleable, general_protection, invalid_opcode
-from lasskvm.emulator.msrs import guest_tsc, read_msr, write_msr
+from lasskvm.emulator.msrs import MsrAccessNeeded, guest_tsc, read_msr, write_msr
 from lasskvm.emulator.operands import (
     read_operand,
     read_register,
@@ -41,7 +43,7 @@ from lasskvm.state import (
 from lasskvm.x86.msr import APIC_BASE_ENABLE
 from lasskvm.x86.registers import CR4_OSXSAVE, CR4_PKE, CR4_TSD, CR4_UMIP, MASK32
 
-__all__ = ["BY_CODE", "HANDLERS"]
+__all__ = ["BY_CODE", "HANDLERS", "finish_rdmsr"]
 
 _CR_WORDS = {0: CR0, 2: CR2, 3: CR3, 4: CR4, 8: CR8}
 _MASK16 = 0xFFFF
@@ -57,10 +59,12 @@ def _mov(ctx: Emulation, decoded: Decoded) -> None:
         write_register(ctx.words, destination, _mov_from_cr(ctx.words, source - Register.CR0))
     elif Register.DR0 <= destination <= Register.DR15:
         number = _debug_register_number(destination)
-        control.set_dr(ctx.words, number, read_register(ctx.words, source))
+        with _guest_debug_registers(ctx):
+            control.set_dr(ctx.words, number, read_register(ctx.words, source))
     else:
         number = _debug_register_number(source)
-        write_register(ctx.words, destination, control.get_dr(ctx.words, number))
+        with _guest_debug_registers(ctx):
+            write_register(ctx.words, destination, control.get_dr(ctx.words, number))
     complete(ctx, decoded)
 
 
@@ -87,6 +91,10 @@ def _mov_from_cr(words: Words, number: int) -> int:
         raise invalid_opcode()
     require_cpl0(words)
     return words[_CR_WORDS[number]]
+
+
+def _guest_debug_registers(ctx: Emulation) -> AbstractContextManager[object]:
+    return nullcontext() if ctx.debugger is None else ctx.debugger.guest_registers()
 
 
 def _debug_register_number(register: int) -> int:
@@ -118,7 +126,14 @@ def _smsw(ctx: Emulation, decoded: Decoded) -> None:
 
 def _rdmsr(ctx: Emulation, decoded: Decoded) -> None:
     require_cpl0(ctx.words)
-    value = read_msr(ctx, ctx.words[RCX] & MASK32)
+    index = ctx.words[RCX] & MASK32
+    if ctx.msr_permission is not None and not ctx.msr_permission(index, False):
+        raise MsrAccessNeeded(decoded, index, None)
+    finish_rdmsr(ctx, decoded, read_msr(ctx, index))
+
+
+def finish_rdmsr(ctx: Emulation, decoded: Decoded, value: int) -> None:
+    """Complete RDMSR with *value*. Raises #DB as :class:`GuestFault` when it is single-stepped."""
     _write_edx_eax(ctx.words, value)
     complete(ctx, decoded)
 
@@ -126,7 +141,10 @@ def _rdmsr(ctx: Emulation, decoded: Decoded) -> None:
 def _wrmsr(ctx: Emulation, decoded: Decoded) -> None:
     words = ctx.words
     require_cpl0(words)
-    write_msr(ctx, words[RCX] & MASK32, (words[RDX] & MASK32) << 32 | words[RAX] & MASK32)
+    index, value = words[RCX] & MASK32, (words[RDX] & MASK32) << 32 | words[RAX] & MASK32
+    if ctx.msr_permission is not None and not ctx.msr_permission(index, True):
+        raise MsrAccessNeeded(decoded, index, value)
+    write_msr(ctx, index, value)
     complete(ctx, decoded)
 
 

@@ -1,0 +1,32 @@
+"""Linux finds the features that the CPU model offers, uses them from its first line on, and reaches user space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LassKvm = Callable[..., Any]
+
+OFFERED = {"pcid", "invpcid", "umip", "fsgsbase", "rdpid", "lass", "smap", "smep"}
+KEYS = {"pku", "ospke"}
+
+
+def flags(lasskvm: LassKvm, busybox: Path, *options: str) -> set[str]:
+    run = lasskvm("-q", *options, "--", busybox, "grep", "-m", "1", "^flags", "/proc/cpuinfo")
+    assert run.status == 0
+    return set(run.console.split())
+
+
+def test_linux_shows_what_is_offered(lasskvm: LassKvm, busybox: Path) -> None:
+    shown = flags(lasskvm, busybox)
+    assert shown >= OFFERED
+    assert not shown & KEYS
+
+
+def test_linux_uses_pcids_with_page_table_isolation(lasskvm: LassKvm, busybox: Path) -> None:
+    assert flags(lasskvm, busybox, "--append", "pti=on") >= OFFERED | {"pti"}
+
+
+def test_linux_shows_protection_keys_on_request(lasskvm: LassKvm, busybox: Path) -> None:
+    assert flags(lasskvm, busybox, "--cpu", "max,+pku") >= OFFERED | KEYS
