@@ -45,12 +45,8 @@ def run(context: Context) -> list[Row]:
     """Rows for loops under the emulator, forced emulation, MMIO, and compiling instructions never seen before."""
     interpreted = Guest(engine="emulator")
     context.progress("emulator: loops")
-    integer = [
-        _instruction(interpreted, _INTEGER_LOOP, _LOOP_INSTRUCTIONS) for _ in range(context.runs)
-    ]
-    memory = [
-        _instruction(interpreted, _MEMORY_LOOP, _MEMORY_LOOP_INSTRUCTIONS) for _ in range(context.runs)
-    ]
+    integer = [_instruction(interpreted, _INTEGER_LOOP, _LOOP_INSTRUCTIONS) for _ in range(context.runs)]
+    memory = [_instruction(interpreted, _MEMORY_LOOP, _MEMORY_LOOP_INSTRUCTIONS) for _ in range(context.runs)]
     context.progress("emulator: instructions never seen before")
     cold = _cold_instruction()
     direct = Guest(forced_emulation=True)

@@ -11,6 +11,7 @@ __all__ = [
     "ImageError",
     "LassKvmError",
     "MemoryLayoutError",
+    "SnapshotError",
 ]
 
 
@@ -32,3 +33,7 @@ class CpuFeatureError(LassKvmError):
 
 class HostError(LassKvmError):
     """Something this host lacks or refuses: apt, disk space, the pinned Unicorn version, /dev/kvm."""
+
+
+class SnapshotError(LassKvmError):
+    """A snapshot that cannot be taken, written or read: damaged, of another version, or of something else."""

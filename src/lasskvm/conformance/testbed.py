@@ -201,12 +201,20 @@ class Testbed:
     def _start(self, case: Case, program: Assembled, start: Regs, lass: bool) -> bool:
         """Set the registers; False when KVM_SET_SREGS is refused with EINVAL."""
         vcpu = self._vcpu
+        sregs = self._sregs(case, lass)
         try:
-            vcpu.set_sregs(self._sregs(case, lass))
+            vcpu.set_sregs(sregs)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             return False
+        taken = vcpu.get_sregs()
+        for name in ("cr0", "cr4", "efer"):
+            if getattr(taken, name) != getattr(sregs, name):
+                raise ProviderError(
+                    f"KVM_SET_SREGS made {name.upper()} {getattr(taken, name):#x} of {getattr(sregs, name):#x}: "
+                    f"this provider cannot run a guest in {case.mode.value} with it"
+                )
         if case.msrs:
             msrs = {index: self._value(value, program) for index, value in case.msrs.items()}
             if vcpu.set_msrs(msrs) != len(msrs):

@@ -169,7 +169,9 @@ def skip_forced_emulation_prefix(ctx: Emulation) -> bool:
     if not ctx.forced_emulation:
         return False
     words = ctx.words
-    prefix = ctx.prefetched[: len(_FORCED_EMULATION_PREFIX)] or _bytes_at_rip(ctx, len(_FORCED_EMULATION_PREFIX))
+    prefix = ctx.prefetched[: len(_FORCED_EMULATION_PREFIX)] or _bytes_at_rip(
+        ctx, len(_FORCED_EMULATION_PREFIX)
+    )
     if prefix != _FORCED_EMULATION_PREFIX:
         return False
     words[RIP] = words[RIP] + len(prefix) & instruction_pointer_mask(words)

@@ -291,7 +291,11 @@ def _log_dirty_page(slot: int, page: int, permissions: int, flags: int) -> int:
     """
     page_flags = load64(slot + 8 * SLOT_PAGE_FLAGS) + page
     value = load8(page_flags)
-    if flags & WRITE == 0 and value & PAGE_DIRTY == 0 and load64(slot + 8 * SLOT_FLAGS) & SLOT_LOG_DIRTY_PAGES != 0:
+    if (
+        flags & WRITE == 0
+        and value & PAGE_DIRTY == 0
+        and load64(slot + 8 * SLOT_FLAGS) & SLOT_LOG_DIRTY_PAGES != 0
+    ):
         return permissions & (PERM_R | PERM_X)
     store8(page_flags, value | PAGE_DIRTY)
     return permissions

@@ -114,7 +114,7 @@ class Summary:
 def _group_of(mismatch: Mismatch) -> str:
     """The mnemonic and how both paths ended."""
     endings = [difference for difference in mismatch.differences if difference.name == "ending"]
-    mnemonic = str(mismatch.instructions[0]).partition(" ")[0]
+    mnemonic = str(mismatch.instructions[0].instruction).partition(" ")[0]
     if endings:
         return f"{mnemonic}: {endings[0].first} against {endings[0].second}"
     return f"{mnemonic}: {', '.join(sorted(mismatch.names))}"

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from iced_x86 import Instruction
-
 from lasskvm.fuzz.case import Case
 from lasskvm.fuzz.comparison import Difference, agree, differences
-from lasskvm.fuzz.encoding import instructions_of
 from lasskvm.fuzz.image import case_image
 from lasskvm.fuzz.paths import Ending, EndState, Path, PathKind
+from lasskvm.fuzz.tracing import Executed, listed, trace
 
 __all__ = ["Explanations", "Judge", "Kind", "Mismatch", "Verdict"]
 
@@ -40,10 +38,8 @@ class Mismatch:
     ends: tuple[EndState, EndState]
     differences: tuple[Difference, ...]
 
-    @cached_property
-    def instructions(self) -> tuple[Instruction, ...]:
-        """The case's instructions, in a line from the first."""
-        return instructions_of(self.case)
+    #: The instructions that the case consists of, and those that it executes beside them.
+    instructions: tuple[Executed, ...]
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -80,6 +76,8 @@ class Judge:
         self.kinds = paths
         self._explain = explain
         self._paths = Path(paths[0]), Path(paths[1])
+        # A path of its own: the end states of the others are still looked at.
+        self._tracer = Path(PathKind.EMULATOR)
 
     def judge(self, case: Case) -> Verdict:
         """Run *case* on both paths and compare."""
@@ -97,11 +95,17 @@ class Judge:
         found = differences(case, *ends)
         if not found and Ending.CRASHED not in endings:
             return Verdict(Kind.AGREED, vector)
-        mismatch = Mismatch(case, self.kinds, ends, found)
+        mismatch = Mismatch(case, self.kinds, ends, found, self._instructions(case))
         name = self._explain(mismatch)
         if name is not None:
             return Verdict(Kind.EXPLAINED, vector, name, mismatch)
         return Verdict(Kind.UNEXPLAINED, vector, mismatch=mismatch)
+
+    def _instructions(self, case: Case) -> tuple[Executed, ...]:
+        stands = listed(case)
+        return *stands, *(
+            part for part in trace(case, self._tracer.vcpu(case)) if part.rip not in {p.rip for p in stands}
+        )
 
 
 def _missing(ends: tuple[EndState, EndState]) -> str:

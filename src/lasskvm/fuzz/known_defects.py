@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lasskvm.fuzz import defect_signs as signs
+from lasskvm.fuzz import control_signs, operand_signs
 from lasskvm.fuzz.comparison import Difference
 from lasskvm.fuzz.judging import Mismatch
 
@@ -54,178 +54,201 @@ KNOWN_DEFECTS: tuple[Defect, ...] = (
         "translation ahead of execution",
         "The translator reads code behind the instruction, as processors do speculatively; where that is on the next "
         "page, the page's entries are marked as accessed.",
-        signs.fetched_ahead,
+        control_signs.fetched_ahead,
     ),
     Defect(
         "accessed bit of a page that may not be written",
         "A read-modify-write that may read the page but not write it: the translator reads it, which sets the accessed "
         "bit, before it faults. Processors may do either.",
-        signs.accessed_by_update,
+        control_signs.accessed_by_update,
+    ),
+    Defect(
+        "read-modify-write that faults",
+        "Which of two pages is reported, and which dirty bit is set, where one may not be written and the other not "
+        "read: the translator reads both before it writes, the emulator, as processors do, asks for writing at once.",
+        control_signs.updated_over_page_end,
     ),
     Defect(
         "order of the reads of CMPS",
         "The manual does not say which operand is read first, so which of two faults is reported, and which accessed "
         "bits are set, is open. The translator begins with ES:(R)DI, the emulator, as KVM's, with (R)SI.",
-        _all_if(signs.compares_strings),
+        _all_if(control_signs.compares_strings),
     ),
     Defect(
         "breakpoint bits of a single step",
         "The translator reports the conditions of breakpoints that are not enabled in DR6, which processors may do as "
         "well.",
-        signs.names_breakpoints,
+        control_signs.names_breakpoints,
     ),
     Defect(
         "approximations",
         "RCPPS and RSQRTPS may give any result with a relative error below 1.5 * 2**-12.",
-        signs.approximated,
+        control_signs.approximated,
     ),
     Defect(
         "FXSAVE and FXRSTOR with CR4.OSFXSR = 0",
         "Whether they then access XMM registers and MXCSR is left to the processor: the translator does not.",
-        _all_if(signs.saves_without_sse),
+        _all_if(control_signs.saves_without_sse),
     ),
     # Decoding and control flow
     Defect(
         "instructions that are not offered",
         "The translator executes some instructions that CPUID does not show, such as VEX forms of SSE ones, raises #NM "
         "for them where it is #UD, or #UD before all of their bytes have been fetched.",
-        _all_if(signs.is_not_offered),
+        _all_if(control_signs.is_not_offered),
     ),
     Defect(
         "operand-size prefix of near branches",
         "In 64-bit mode Intel processors ignore it; the translator does as AMD's and truncates RIP to 16 bits.",
-        _all_if(signs.has_short_branch),
+        _all_if(control_signs.has_short_branch),
     ),
     Defect(
         "RET with 8000H or more",
         "The translator takes the number of bytes to release for a signed one.",
-        _all_if(signs.releases_much),
+        _all_if(control_signs.releases_much),
     ),
     Defect(
         "EIP beyond 32 bits",
-        "Outside 64-bit mode the translator does not truncate the target of a relative branch; it shows where nothing "
-        "can be fetched there.",
-        signs.has_wide_eip,
+        "Outside 64-bit mode the translator does not truncate the target of a relative branch; it shows when nothing "
+        "can be fetched there, or in IA-32e mode in a frame.",
+        control_signs.has_wide_eip,
     ),
     Defect(
         "fetch of the rest of what is #UD",
-        "The translator raises #UD or #NM as soon as the opcode is known; processors fetch the whole instruction, which "
-        "may fault.",
-        _all_if(signs.refuses_before_fetch),
+        "The translator raises #UD or #NM as soon as the opcode is known; processors fetch the whole instruction, "
+        "which may fault.",
+        _all_if(control_signs.refuses_before_fetch),
     ),
     Defect(
         "66H together with REX.W, F2H or F3H",
-        "REX.W decides the operand size, and F2H and F3H which SSE instruction it is; the translator lets 66H do it.",
-        _all_if(signs.has_competing_prefixes),
+        "REX.W decides the operand size, and the last of F2H and F3H which SSE instruction it is; the translator lets "
+        "66H do it, and F3H before F2H.",
+        _all_if(control_signs.has_competing_prefixes),
     ),
     Defect(
         "single step of a branch to a target that is not canonical",
         "The branch faults on a processor; the translator completes it, and RFLAGS.TF comes first.",
-        _all_if(signs.steps_over_wild_branch),
+        _all_if(control_signs.steps_over_wild_branch),
     ),
     Defect(
         "stores to the code that is being executed",
         "A read-modify-write of the page it is on is executed again once the page's translations are gone, with the "
         "flags that it has left.",
-        _all_if(signs.stores_to_code),
+        _all_if(control_signs.stores_to_code),
     ),
     Defect(
         "IRET, IRETD and RETF with 16- and 32-bit operands in 64-bit mode",
         "The translator truncates RSP to the size of the stack segment, which does not matter in 64-bit mode.",
-        _all_if(signs.has_short_return),
+        _all_if(control_signs.has_short_return),
     ),
     Defect(
         "single step of PAUSE",
         "The translator leaves its loop on PAUSE, and RFLAGS.TF is not looked at.",
-        _all_if(signs.steps_over_pause),
+        _all_if(control_signs.steps_over_pause),
     ),
     Defect(
         "RF between repetitions",
         "A trap after an iteration of a repeated string instruction that is not the last pushes RF = 1 (SDM volume 3B, "
         "18.3.1.1); the translator pushes 0.",
-        signs.trapped_between_repetitions,
+        control_signs.trapped_between_repetitions,
     ),
     # Memory operands
     Defect(
         "alignment of 16-byte operands",
         "The translator does not check the alignment that most SSE instructions demand.",
-        _all_if(signs.is_misaligned),
+        _all_if(operand_signs.is_misaligned),
     ),
     Defect(
         "unusable data segments",
         "Outside 64-bit mode, direct execution lets accesses through null segments pass; ordinary 32-bit programs have "
         "them in FS and GS, so they are no reason to emulate.",
-        _all_if(signs.has_unusable_segment),
+        _all_if(operand_signs.has_unusable_segment),
     ),
     Defect(
         "the end of a flat segment",
         "Outside 64-bit mode, an access that begins below 4 GiB and ends above exceeds the segment's limit; direct "
         "execution makes it.",
-        _all_if(signs.passes_segment_end),
+        _all_if(operand_signs.passes_segment_end),
     ),
     Defect(
         "SHLD and SHRD relative to RIP",
         "With an immediate behind a RIP-relative operand, the translator's address is too low by one.",
-        _all_if(signs.shifts_relative_to_rip),
+        _all_if(operand_signs.shifts_relative_to_rip),
     ),
     Defect(
         "ENTER",
         "The translator does not check that the stack can be written at the new RSP, and makes the accesses of nested "
         "levels one by one.",
-        _all_if(signs.enters),
+        _all_if(operand_signs.enters),
     ),
     Defect(
         "INS and OUTS",
         "The translator touches memory before it asks for permission to access the port, and INS writes a zero first.",
-        _all_if(signs.does_port_string),
+        _all_if(operand_signs.does_port_string),
     ),
     Defect(
         "segment prefixes in 64-bit mode",
         "CS, DS, ES and SS prefixes mean nothing; the translator adds the base that the segment has from another mode, "
         "and forgets an FS or GS prefix in front.",
-        _all_if(signs.has_null_prefix),
+        _all_if(operand_signs.has_null_prefix),
     ),
     Defect(
         "PUSHA and POPA that fault",
         "The translator begins at the lowest address, so it may report another of several faults, and it has changed "
         "registers by then.",
-        _all_if(signs.pushes_all),
+        _all_if(operand_signs.pushes_all),
     ),
     # Registers
     Defect(
-        "flags of RCL and RCR that fault",
-        "The translator sets CF before it writes the memory operand.",
-        _all_if(signs.rotates_and_faults),
+        "flags behind a fault",
+        "An instruction that depends on flags has the translator work them out, or has changed them, when its memory "
+        "operand faults; what is left of them is not what they were.",
+        operand_signs.lost_flags,
+    ),
+    Defect(
+        "flags of LOCK NEG",
+        "The translator works them out from a value that is not the operand's.",
+        operand_signs.negates_locked,
+    ),
+    Defect(
+        "CMPXCHG of a 32-bit register",
+        "When the comparison fails the register stays as it is; the translator clears its upper half.",
+        _all_if(operand_signs.exchanges_register),
+    ),
+    Defect(
+        "CVTPS2PD of memory",
+        "The operand has 8 bytes; the translator reads 16.",
+        _all_if(operand_signs.reads_too_much),
     ),
     Defect(
         "RF in PUSHF's image",
         "PUSHF pushes RF = 0; the translator pushes it as it is.",
-        signs.pushes_rf,
+        operand_signs.pushes_rf,
     ),
     Defect(
         "string comparisons of SSE4.2",
         "The translator gets some of the aggregations and polarities wrong.",
-        _all_if(signs.compares_text),
+        _all_if(operand_signs.compares_text),
     ),
     Defect(
         "LAHF and SAHF with a REX prefix",
         "The translator takes AH for SPL, as if it were an operand of a byte instruction.",
-        _all_if(signs.moves_high_byte),
+        _all_if(operand_signs.moves_high_byte),
     ),
     Defect(
         "LSS, LFS and LGS with REX.W",
         "The translator loads a 32-bit offset, as AMD processors do; Intel's load 64 bits.",
-        _all_if(signs.loads_wide_far_pointer),
+        _all_if(operand_signs.loads_wide_far_pointer),
     ),
     Defect(
         "SSE exceptions",
         "The translator neither sets MXCSR's flags nor raises #XM, and LDMXCSR takes reserved bits.",
-        signs.lacks_sse_exceptions,
+        operand_signs.lacks_sse_exceptions,
     ),
     Defect(
         "x87 and MMX state",
         "The translator has no stack faults, does not keep all of the status, tags and pointers, leaves bits 79:64 "
         "alone when MMX registers are written, computes with 53 bits at times, and raises #MF late or never.",
-        signs.differs_in_x87,
+        operand_signs.differs_in_x87,
     ),
 )

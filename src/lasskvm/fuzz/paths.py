@@ -28,6 +28,7 @@ from lasskvm.kvm import (
     IoExit,
     MmioExit,
     ShutdownExit,
+    Vcpu,
     Vm,
 )
 from lasskvm.kvm.clock import NANOSECONDS_PER_BLOCK
@@ -192,20 +193,26 @@ class Path:
 
     def run(self, case: Case, image: Image | None = None) -> EndState:
         """Execute *case*; *image* is its memory, if somebody has made it already."""
-        machine = self._machines.get(case.cpu)
-        if machine is None:
-            machine = self._machines[case.cpu] = _Machine(self.kind, case.cpu)
-        if image is None:
-            image = case_image(case)
-        words = start_words(case, machine.power_on, image)
-        if self.kind is PathKind.FORCED:
-            words[s.RIP] -= np.uint64(len(FORCED_EMULATION_PREFIX))
-        machine.load(image, words, start_fpu(case.data_seed))
+        machine = self._ready(case, case_image(case) if image is None else image)
         end = machine.run()
         if end.ending is Ending.CRASHED:
             # Nobody knows what state the machine is in.
             del self._machines[case.cpu]
         return end
+
+    def vcpu(self, case: Case) -> Vcpu:
+        """The vCPU, ready to execute *case*."""
+        return self._ready(case, case_image(case)).vcpu
+
+    def _ready(self, case: Case, image: Image) -> _Machine:
+        machine = self._machines.get(case.cpu)
+        if machine is None:
+            machine = self._machines[case.cpu] = _Machine(self.kind, case.cpu)
+        words = start_words(case, machine.power_on, image)
+        if self.kind is PathKind.FORCED:
+            words[s.RIP] -= np.uint64(len(FORCED_EMULATION_PREFIX))
+        machine.load(image, words, start_fpu(case.data_seed))
+        return machine
 
 
 def prepare() -> None:

@@ -12,7 +12,7 @@ battery-backed RTC.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Clock",
     "HostClock",
     "Timer",
+    "TimerState",
     "VirtualClock",
 ]
 
@@ -39,15 +40,25 @@ MAX_CALLBACKS_PER_RUN = 256
 MAX_CANCELLED = 64
 
 
+#: A waiting timer for snapshots: its deadline, and its place among those with the same.
+TimerState = Sequence[int]
+
+
 class Timer:
     """A callback that waits in a clock's queue for its deadline, in nanoseconds of that clock."""
 
-    __slots__ = ("_callback", "_clock", "deadline_ns")
+    __slots__ = ("_callback", "_clock", "deadline_ns", "sequence")
 
-    def __init__(self, clock: Clock, deadline_ns: int, callback: Callable[[], None]) -> None:
+    def __init__(self, clock: Clock, deadline_ns: int, sequence: int, callback: Callable[[], None]) -> None:
         self._clock = clock
         self._callback: Callable[[], None] | None = callback
         self.deadline_ns = deadline_ns
+        self.sequence = sequence
+
+    @property
+    def state(self) -> TimerState:
+        """What :meth:`Clock.restore` takes."""
+        return [self.deadline_ns, self.sequence]
 
     @property
     def pending(self) -> bool:
@@ -86,8 +97,10 @@ class Clock:
     ) -> None:
         self._source = source
         self.epoch_ns = epoch_ns
-        self._queue: list[tuple[int, int, Timer]] = []
+        #: By deadline, then sequence; the third number tells entries apart that a restored timer has in common.
+        self._queue: list[tuple[int, int, int, Timer]] = []
         self._sequence = 0
+        self._pushes = 0
         self._cancelled = 0
         self._running_ns: int | None = None
 
@@ -111,16 +124,28 @@ class Clock:
         """
         if self._running_ns is not None:
             deadline_ns = max(deadline_ns, self._running_ns + MINIMUM_STEP_NS)
-        timer = Timer(self, deadline_ns, callback)
-        self._sequence += 1
-        heappush(self._queue, (deadline_ns, self._sequence, timer))
+        return self._queue_timer(deadline_ns, self._sequence + 1, callback)
+
+    def restore(self, state: TimerState, callback: Callable[[], None]) -> Timer:
+        """Let a timer of a saved machine wait again: :attr:`Timer.state`, of a clock that had the same time.
+
+        Timers with equal deadlines run in the order that they had there, whichever is restored first.
+        """
+        deadline_ns, sequence = map(int, state)
+        return self._queue_timer(deadline_ns, sequence, callback)
+
+    def _queue_timer(self, deadline_ns: int, sequence: int, callback: Callable[[], None]) -> Timer:
+        timer = Timer(self, deadline_ns, sequence, callback)
+        self._sequence = max(self._sequence, sequence)
+        self._pushes += 1
+        heappush(self._queue, (deadline_ns, sequence, self._pushes, timer))
         return timer
 
     def next_deadline(self) -> int | None:
         """Return the earliest deadline that waits, or ``None``. It may lie in the past."""
         queue = self._queue
         while queue:
-            deadline_ns, _, timer = queue[0]
+            deadline_ns, _, _, timer = queue[0]
             if timer.pending:
                 return deadline_ns
             heappop(queue)
@@ -141,7 +166,7 @@ class Clock:
         ran = 0
         try:
             while queue and queue[0][0] <= now and ran < MAX_CALLBACKS_PER_RUN:
-                deadline_ns, _, timer = heappop(queue)
+                deadline_ns, _, _, timer = heappop(queue)
                 callback = timer._take()
                 if callback is None:
                     self._cancelled -= 1
@@ -163,7 +188,7 @@ class Clock:
         # far deadline would pile up.
         self._cancelled += 1
         if self._cancelled > MAX_CANCELLED and self._cancelled * 2 > len(self._queue):
-            self._queue[:] = [entry for entry in self._queue if entry[2].pending]
+            self._queue[:] = [entry for entry in self._queue if entry[3].pending]
             heapify(self._queue)
             self._cancelled = 0
 
@@ -184,6 +209,10 @@ class VirtualClock(Clock):
         """The idle time that was skipped so far."""
         return self._skipped_ns
 
+    def restore_skipped(self, skipped_ns: int) -> None:
+        """Be the clock of a machine that had skipped *skipped_ns* of idle time when it was saved."""
+        self._skipped_ns = skipped_ns
+
     def skip_to(self, deadline_ns: int) -> None:
         """Let idle time pass: the clock reads ``deadline_ns`` now. A deadline in the past changes nothing."""
         self._skipped_ns += max(0, deadline_ns - self._virtual_ns())
@@ -197,8 +226,8 @@ class VirtualClock(Clock):
 
 
 class HostClock(Clock):
-    """The host's monotonic time, 0 at the start. The time of day starts at the host's UTC."""
+    """The host's monotonic time, *elapsed_ns* at the start. The time of day is the host's UTC."""
 
-    def __init__(self) -> None:
-        start_ns = time.monotonic_ns()
-        super().__init__(lambda: time.monotonic_ns() - start_ns, time.time_ns())
+    def __init__(self, elapsed_ns: int = 0) -> None:
+        start_ns = time.monotonic_ns() - elapsed_ns
+        super().__init__(lambda: time.monotonic_ns() - start_ns, time.time_ns() - elapsed_ns)

@@ -82,7 +82,7 @@ def _runs_up_to_next_page(vcpu: Vcpu, address: int) -> bool:
     boundary = _first_straddling(vcpu, start)
     if boundary == start:
         return False
-    engine_exit = vcpu.engine.run_until(boundary)
+    engine_exit = vcpu.run_until(boundary)
     if engine_exit.reason not in (c.EXIT_STOPPED, c.EXIT_INTERRUPT_WINDOW, c.EXIT_PORT_IO):
         handle_exit(vcpu, engine_exit)
     return True
@@ -150,7 +150,11 @@ def _debug_exception(vcpu: Vcpu) -> None:
         words[RFLAGS] &= ~RFLAGS_TF
         dr6 &= ~DR6_BS
     words[DR6] = dr6 & ~DR6_BS | DR6_FIXED
-    _deliver(vcpu, Event(DB, dr6=dr6 & (DR6_BS | _DR6_HIT_BITS) | hits))
+    dr6 = dr6 & (DR6_BS | _DR6_HIT_BITS) | hits
+    if vcpu.debugger.has_breakpoints:
+        vcpu.debugger.undo_dr6()
+        dr6 = vcpu.debugger.filter_debug_trap(dr6)
+    _deliver(vcpu, Event(DB, dr6=dr6))
 
 
 def _emulate(vcpu: Vcpu, engine_exit: EngineExit) -> None:

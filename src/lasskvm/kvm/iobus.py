@@ -12,14 +12,26 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lasskvm.errors import LassKvmError
 
-__all__ = ["ALL_ONES", "IrqLine", "MmioBus", "MmioDevice", "PortBus", "PortDevice"]
+__all__ = [
+    "ALL_ONES",
+    "DeviceState",
+    "IrqLine",
+    "MmioBus",
+    "MmioDevice",
+    "PortBus",
+    "PortDevice",
+    "StatefulDevice",
+]
 
 #: An interrupt request line: called with ``True`` to raise it, ``False`` to lower it.
 IrqLine = Callable[[bool], None]
+
+#: What a device is in the middle of, for snapshots: names and values that JSON can hold.
+DeviceState = dict[str, Any]
 
 #: All-ones values by access size in bytes: the mask of an access, and what a bus reads where nothing answers.
 ALL_ONES = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
@@ -46,6 +58,21 @@ class PortDevice(Protocol):
 
     def reset(self) -> None:
         """Go back to the state behind the RESET pin."""
+
+
+@runtime_checkable
+class StatefulDevice(Protocol):
+    """What a device has beside the protocol of its bus when it has state to be saved; without, it has none."""
+
+    def get_state(self) -> DeviceState:
+        """Everything that a device made anew needs to go on as this one would."""
+
+    def set_state(self, state: DeviceState) -> None:
+        """Go on as the device that *state* comes from.
+
+        The interrupt line is left alone: its level belongs to the state of the interrupt controller, too. Timers are
+        set for the same time of the clock. Raises KeyError, TypeError or ValueError for what is no such state.
+        """
 
 
 class MmioDevice(Protocol):

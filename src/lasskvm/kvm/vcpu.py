@@ -1,65 +1,56 @@
-"""A virtual processor: registers, CPUID, MSRs, and the run loop; KVM's vCPU file descriptor.
+"""A virtual processor: the run loop; KVM's vCPU file descriptor.
 
 :meth:`Vcpu.run` is ``KVM_RUN``: it enters direct execution again and again, deals with what KVM would deal with in the
-kernel (:mod:`lasskvm.kvm.exit_handlers`), injects interrupts, and returns what only the VMM can answer.
+kernel (:mod:`lasskvm.kvm.exit_handlers`), injects events, and returns what only the VMM can answer. The vCPU's state,
+which the other ioctls get and set, is in :mod:`lasskvm.kvm.vcpu_state`.
 """
 
 from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lasskvm.emulator.context import Emulation
-from lasskvm.emulator.control import load_pdptes
+from lasskvm.emulator import port_io
+from lasskvm.emulator.completion import complete
 from lasskvm.emulator.decode import fetch_instruction
 from lasskvm.emulator.events import Event, EventKind, deliver_event
-from lasskvm.emulator.execution import deliver_fault, emulate_instruction, resume_instruction
-from lasskvm.emulator.faults import GuestFault, TripleFault, Unhandleable, debug_trap
-from lasskvm.emulator.instructions.ports import finish_access
-from lasskvm.emulator.interpreter import Interpreter
+from lasskvm.emulator.execution import deliver_fault, emulate_instruction
+from lasskvm.emulator.faults import DebugReport, GuestFault, TripleFault, Unhandleable
+from lasskvm.emulator.instructions.registers import finish_rdmsr
+from lasskvm.emulator.linearize import linear_address
 from lasskvm.emulator.mmio import MmioReadNeeded
-from lasskvm.emulator.mmu import translate
-from lasskvm.emulator.msrs import MsrFile, guest_tsc, read_msr, write_msr
+from lasskvm.emulator.msrs import MsrAccessNeeded, guest_tsc
 from lasskvm.emulator.port_io import PortAccess, PortAccessNeeded
 from lasskvm.engine import context as c
-from lasskvm.engine.engine import Engine
-from lasskvm.engine.fpu_access import FpuAccess
-from lasskvm.kvm import registers
+from lasskvm.engine.engine import EngineExit
 from lasskvm.kvm.clock import NANOSECONDS_PER_BLOCK, VirtualClock
 from lasskvm.kvm.emulation_required import emulation_required
+from lasskvm.kvm.events import EntryFailed, QueuedException
 from lasskvm.kvm.exit_handlers import handle_exit
-from lasskvm.kvm.exits import Exit, HltExit, InternalErrorExit, IntrExit, IoExit, MmioExit, ShutdownExit
-from lasskvm.kvm.structures import Regs, Sregs
-from lasskvm.state import (
-    CR4_ALLOWED,
-    EFER_ALLOWED,
-    INTERRUPT_SHADOW,
-    MAXPHYADDR,
-    NMI_BLOCKED,
-    RFLAGS,
-    RIP,
-    TLB_FLUSH,
-    VcpuState,
+from lasskvm.kvm.exits import (
+    DebugExit,
+    Exit,
+    FailEntryExit,
+    HltExit,
+    InternalErrorExit,
+    IntrExit,
+    IoExit,
+    MmioExit,
+    MsrExit,
+    ShutdownExit,
 )
-from lasskvm.x86.cpu_models import parse_cpu
-from lasskvm.x86.cpuid import (
-    FEATURE_WORDS,
-    CpuidEntry,
-    CpuidTable,
-    cr4_allowed,
-    efer_allowed,
-    feature_word,
-)
-from lasskvm.x86.exceptions import NMI
-from lasskvm.x86.registers import CR0_PG, CR4_PAE, EFER_LMA, RFLAGS_IF
+from lasskvm.kvm.vcpu_state import StatefulVcpu
+from lasskvm.state import INTERRUPT_SHADOW, NMI_BLOCKED, RFLAGS, RIP, TLB_FLUSH
+from lasskvm.x86.exceptions import BP, DB, GP, NMI
+from lasskvm.x86.registers import CS, DR6_BS, DR6_FIXED, RFLAGS_IF
 
 if TYPE_CHECKING:
     from lasskvm.kvm.vm import Vm
 
-__all__ = ["Vcpu"]
+__all__ = ["CHECKPOINT_NS", "Vcpu"]
 
 #: A run returns to the VMM at least this often, so that it can look at its console and its timeouts. All but the host's
 #: time are counts of what the guest does, so that a deterministic run stays one.
@@ -73,159 +64,110 @@ _HOST_POLL_BLOCKS = 2_000
 _HOST_POLL_INTERPRETED_BLOCKS = 500
 #: Idle periods that one run skips on the virtual clock before the VMM gets its turn.
 _IDLE_SKIPS = 64
+#: How much time of the virtual clock is between two checkpoints.
+CHECKPOINT_NS = 100_000_000
+_INT3_BYTES = 1
 
 
-class Vcpu:
-    """The vCPU of a :class:`~lasskvm.kvm.vm.Vm`; made by ``Vm.create_vcpu()``.
-
-    Its CPUID is that of the CPU model ``max`` until :meth:`set_cpuid2` says otherwise.
-    """
+class Vcpu(StatefulVcpu):
+    """The vCPU of a :class:`~lasskvm.kvm.vm.Vm`; made by ``Vm.create_vcpu()``."""
 
     def __init__(self, vm: Vm) -> None:
-        self.vm = vm
-        self.state = VcpuState()
-        self._ran = False
-        self._engine: Engine | None = None
+        #: ``kvm_run.immediate_exit``: while it is set, runs only complete what the last exit began.
+        self.immediate_exit = False
         #: Whether the emulator ran last: the two paths keep translations of their own.
         self._interpreted = False
         #: What to do with the VMM's answer to the last exit, before the guest goes on.
         self._complete_userspace_io: Callable[[], None] | None = None
-        self._nmi_pending = False
+        #: An instruction has been single-stepped, and the VMM has not heard of it yet.
+        self._stepped = False
         #: What the engine's deadline and time stamp were computed from.
         self._programmed: tuple[int | None, int, int, int, int] | None = None
-        self._use_cpuid(CpuidTable(parse_cpu("max").entries()))
-
-    # ---------------------------------------------------------------------------------------- configuration
-
-    def set_cpuid2(self, entries: Iterable[CpuidEntry]) -> None:
-        """``KVM_SET_CPUID2``: what CPUID shows to the guest, which decides what CR4, EFER and MSRs it may use.
-
-        Raises OSError with EINVAL once the vCPU has run, as KVM does.
-        """
-        if self._ran:
-            raise OSError(errno.EINVAL, "KVM_SET_CPUID2: the CPUID of a vCPU that has run cannot change")
-        self._use_cpuid(CpuidTable(entries))
-
-    def _use_cpuid(self, table: CpuidTable) -> None:
-        words = self.state.words
-        words[MAXPHYADDR] = table.maxphyaddr
-        words[CR4_ALLOWED], words[EFER_ALLOWED] = cr4_allowed(table), efer_allowed(table)
-        self.cpuid = table
-        self.emulation = Emulation(words, self.vm.memory, table, MsrFile(table), self.vm.clock.now)
-        self.emulation.forced_emulation = self.vm.forced_emulation
-        self.emulation.read_port, self.emulation.write_port = self.vm.ports.read, self.vm.ports.write
-        self.interpreter = Interpreter(self.emulation)
-        if self._engine is not None:
-            self._equip(self._engine)
-
-    @property
-    def engine(self) -> Engine:
-        """Direct execution, built when it is first needed: it compiles machine code on a machine's first use."""
-        if self._engine is None:
-            self._engine = Engine(self.state, self.vm.memory, (self.vm.ports.read, self.vm.ports.write))
-            self._equip(self._engine)
-        return self._engine
-
-    def _equip(self, engine: Engine) -> None:
-        self.emulation.translate = engine.translate
-        self.emulation.fpu = FpuAccess(engine, self.emulation.fpu)
-        engine.transmitter = self.vm.transmitter
-        engine.set_features(tuple(feature_word(self.cpuid, place) for place in FEATURE_WORDS))
+        self._closed = False
+        #: Blocks that were executed before the snapshot that this vCPU was loaded from.
+        self.blocks_before = 0
+        #: When the next checkpoint is due, on the virtual clock.
+        self.next_checkpoint_ns = CHECKPOINT_NS
+        #: Whether the last run ended at a checkpoint.
+        self.at_checkpoint = False
+        super().__init__(vm)
 
     @property
     def executed_blocks(self) -> int:
         """Blocks of guest code executed so far: what the virtual clock counts."""
         direct = 0 if self._engine is None else self._engine.blocks
-        return direct + self.interpreter.blocks
+        return self.blocks_before + direct + self.interpreter.blocks
 
     def counters(self) -> dict[str, int]:
         """How often what happened, by name."""
         direct = {} if self._engine is None else self._engine.counters()
         return {**direct, "interpreted_instructions": self.interpreter.instructions}
 
-    # --------------------------------------------------------------------------------------------- registers
-
-    def get_regs(self) -> Regs:
-        """``KVM_GET_REGS``."""
-        return registers.get_regs(self.state)
-
-    def set_regs(self, regs: Regs) -> None:
-        """``KVM_SET_REGS``."""
-        registers.set_regs(self.state, regs)
-
-    def get_sregs(self) -> Sregs:
-        """``KVM_GET_SREGS``."""
-        return registers.get_sregs(self.state)
-
-    def set_sregs(self, sregs: Sregs) -> None:
-        """``KVM_SET_SREGS``; OSError with EINVAL for what the guest's CPUID does not allow."""
-        registers.set_sregs(self.state, sregs)
-        if sregs.cr0 & CR0_PG and sregs.cr4 & CR4_PAE and not sregs.efer & EFER_LMA:
-            load_pdptes(self.state.words, self.vm.memory, sregs.cr3)
-
-    def get_msr(self, index: int) -> int:
-        """``KVM_GET_MSRS`` of one register; OSError with EINVAL when there is none of that index."""
-        try:
-            return read_msr(self.emulation, index, host_initiated=True)
-        except GuestFault:
-            raise OSError(errno.EINVAL, f"KVM_GET_MSRS: there is no MSR {index:#x}") from None
-
-    def set_msr(self, index: int, value: int) -> None:
-        """``KVM_SET_MSRS`` of one register; OSError with EINVAL for an unknown one or a value that it cannot hold."""
-        try:
-            write_msr(self.emulation, index, value, host_initiated=True)
-        except GuestFault:
-            raise OSError(errno.EINVAL, f"KVM_SET_MSRS: MSR {index:#x} cannot be set to {value:#x}") from None
-
-    def translate(self, gva: int) -> int | None:
-        """``KVM_TRANSLATE``: the gpa of linear *gva* for a supervisor data read; None if it is not mapped."""
-        gpa, _, vector, _ = translate(self.state.words, self.vm.memory, gva, 1, 0, 0, 0)
-        return None if vector else gpa
-
-    def inject_nmi(self) -> None:
-        """``KVM_NMI``: queue a non-maskable interrupt."""
-        self._nmi_pending = True
-        self.kick()
+    @property
+    def is_amid_instruction(self) -> bool:
+        """Whether the instruction of the last exit is not complete yet: the next run takes the VMM's answer."""
+        return self._complete_userspace_io is not None or bool(self.emulation.mmio.writes)
 
     def reset(self) -> None:
         """The state after INIT: registers as at power-on, nothing pending. CPUID and the time-stamp counter stay."""
         self.state.reset()
         self._complete_userspace_io = None
+        self._stepped = False
         self.emulation.mmio.writes.clear()
-        self._nmi_pending = False
+        self.events.clear()
         self.emulation.halted = False
 
-    # ------------------------------------------------------------------------------------------------ running
+    def forget_caches(self) -> None:
+        """Go on as a vCPU does that has just been loaded: translations and the emulator's code are found anew.
 
-    def kick(self) -> None:
-        """Let a run in progress look at its interrupts behind the current block."""
-        self.interpreter.stop()
-        if self._engine is not None:
-            self._engine.stop()
+        What direct execution has translated stays: it depends on nothing but the code.
+        """
+        self.state.words[TLB_FLUSH] = 1
+        self.interpreter.forget_code()
+
+    def close(self) -> None:
+        """Let go of the translator; the vCPU cannot run any more."""
+        self._closed = True
+        self._engine = None
+
+    # ------------------------------------------------------------------------------------------------ running
 
     def run(self) -> Exit:
         """``KVM_RUN``: execute the guest until something needs the VMM.
 
         Whatever the guest does, the result is one of the exits of :mod:`lasskvm.kvm.exits`.
         """
-        self._ran = True
+        if self._closed:
+            raise OSError(errno.EBADF, "KVM_RUN: the vCPU has been closed")
+        self.has_run = True
+        self.at_checkpoint = False
+        self.debugger.enter()
         try:
-            complete, self._complete_userspace_io = self._complete_userspace_io, None
-            if complete is not None:
-                complete()
+            finish, self._complete_userspace_io = self._complete_userspace_io, None
+            if finish is not None:
+                finish()
+                self._stepped = self.debugger.singlestep
             return self._run()
         except PortAccessNeeded as needed:
             return self._port_exit(needed.access)
         except MmioReadNeeded as needed:
             return self._mmio_read_exit(needed)
+        except MsrAccessNeeded as needed:
+            return self._msr_exit(needed)
+        except DebugReport as report:
+            return self._debug_exit(report)
+        except EntryFailed as failure:
+            return FailEntryExit(failure.reason)
         except TripleFault:
             return ShutdownExit()
         except Unhandleable as error:
             return self._internal_error(str(error))
+        finally:
+            self.debugger.leave()
 
     def _run(self) -> Exit:
         virtual = isinstance(self.vm.clock, VirtualClock)
-        slice_end = self.executed_blocks + _SLICE_BLOCKS if virtual else time.monotonic_ns() + _SLICE_NS
+        slice_end = self._slice_end()
         interpreted_end = self.interpreter.blocks + _SLICE_INTERPRETED_BLOCKS
         if self.vm.engine == "jit":
             self.engine.port_accesses_left = _SLICE_PORT_ACCESSES
@@ -233,6 +175,10 @@ class Vcpu:
         for _ in range(_SLICE_EXITS):
             if self.emulation.mmio.writes:
                 return self._mmio_write_exit()
+            if self._stepped:
+                return self._step_exit()
+            if self.immediate_exit:
+                return IntrExit()
             self.vm.clock.run_due()
             wanted = self._inject_events()
             if self.emulation.halted:
@@ -240,15 +186,44 @@ class Vcpu:
                 if idle is not None:
                     return idle
                 skips += 1
+                slice_end = min(slice_end, self._slice_end())
+            elif self.debugger.singlestep:
+                self._single_step()
             elif self._is_interpreted():
-                self._interpret(interpreted_end, wanted)
+                self._interpret(min(interpreted_end, self._interpreted_blocks_at(slice_end)), wanted)
             else:
                 self._execute(slice_end, wanted)
             if (self.executed_blocks if virtual else time.monotonic_ns()) >= slice_end:
                 break
             if self.interpreter.blocks >= interpreted_end or self._port_accesses_are_used_up():
                 break
+        return self._end_of_slice()
+
+    def _slice_end(self) -> int:
+        """When the run has to return to the VMM: a number of executed blocks, or the host's time."""
+        clock = self.vm.clock
+        if not isinstance(clock, VirtualClock):
+            return time.monotonic_ns() + _SLICE_NS
+        return self.executed_blocks + min(_SLICE_BLOCKS, clock.blocks_until(self.next_checkpoint_ns))
+
+    def _end_of_slice(self) -> Exit:
+        """Return to the VMM, from a checkpoint when one is due.
+
+        At a checkpoint every cache is empty that a vCPU loaded from a snapshot has to start without, so that the two
+        go on alike: a translation that the guest has not asked to be forgotten is forgotten at the same time.
+        """
+        clock = self.vm.clock
+        if isinstance(clock, VirtualClock) and clock.now() >= self.next_checkpoint_ns:
+            self.next_checkpoint_ns = (clock.now() // CHECKPOINT_NS + 1) * CHECKPOINT_NS
+            self.forget_caches()
+            self.at_checkpoint = True
         return IntrExit()
+
+    def _interpreted_blocks_at(self, slice_end: int) -> int:
+        """The interpreter's count of blocks at the end of a slice, if it runs until then."""
+        if not isinstance(self.vm.clock, VirtualClock):
+            return self.interpreter.blocks + _SLICE_INTERPRETED_BLOCKS
+        return self.interpreter.blocks + slice_end - self.executed_blocks
 
     def _port_accesses_are_used_up(self) -> bool:
         return self._engine is not None and not self._engine.port_accesses_left
@@ -256,12 +231,15 @@ class Vcpu:
     def _is_interpreted(self) -> bool:
         return self.vm.engine == "emulator" or emulation_required(self.state.words)
 
+    def _enter_interpreter(self) -> None:
+        if not self._interpreted:
+            self._interpreted = True
+            self.interpreter.forget_translations()
+
     def _interpret(self, end: int, wanted: bool) -> None:
         """Let the emulator run the guest, up to block *end* of the interpreter or until it need not."""
         interpreter, clock = self.interpreter, self.vm.clock
-        if not self._interpreted:
-            self._interpreted = True
-            interpreter.forget_translations()
+        self._enter_interpreter()
         blocks = end - interpreter.blocks
         deadline = clock.next_deadline()
         if isinstance(clock, VirtualClock):
@@ -272,6 +250,12 @@ class Vcpu:
         interpreter.want_interrupt_window = wanted
         interpreter.run(max(1, blocks), self._is_interpreted)
 
+    def _single_step(self) -> None:
+        """Execute one instruction for the VMM's debugger."""
+        self._enter_interpreter()
+        self.interpreter.step()
+        self._stepped = True
+
     def _execute(self, slice_end: int, wanted: bool) -> None:
         """Let direct execution run the guest, and deal with its exit."""
         if self._interpreted:
@@ -280,9 +264,11 @@ class Vcpu:
         engine = self.engine
         engine.want_interrupt_window(wanted)
         self._set_deadline(slice_end)
+        if self.debugger.has_breakpoints:
+            self.debugger.note_dr6()
         engine_exit = engine.run()
         if engine_exit.reason == c.EXIT_PORT_IO:
-            emulate_instruction(self.emulation)
+            self._begin_port_io()
         elif engine_exit.reason not in (c.EXIT_STOPPED, c.EXIT_INTERRUPT_WINDOW):
             handle_exit(self, engine_exit)
 
@@ -307,14 +293,20 @@ class Vcpu:
             engine.stop_at_host_time(host_end, _HOST_POLL_BLOCKS)
         engine.set_time_stamp(guest_tsc(self.emulation), NANOSECONDS_PER_BLOCK)
 
+    # ------------------------------------------------------------------------------------------------ events
+
     def _inject_events(self) -> bool:
-        """Deliver an NMI or an external interrupt if the guest takes it now.
+        """Deliver what is queued, then an NMI or an external interrupt if the guest takes it now.
 
         Returns whether another interrupt waits for a window in which the guest takes it.
         """
-        words = self.state.words
-        if self._nmi_pending and not words[NMI_BLOCKED] and not words[INTERRUPT_SHADOW]:
-            self._nmi_pending = False
+        words, events = self.state.words, self.events
+        while events.waiting:
+            event = events.next_event()
+            if event is not None:
+                self._deliver(event)
+        if events.nmi_pending and not words[NMI_BLOCKED] and not words[INTERRUPT_SHADOW]:
+            events.nmi_pending = False
             self._deliver(Event(NMI, EventKind.NMI))
         pic = self.vm.pic
         pending = pic is not None and pic.pending()
@@ -341,12 +333,21 @@ class Vcpu:
         deadline = clock.next_deadline()
         if not isinstance(clock, VirtualClock) or deadline is None:
             return IntrExit(idle=True, idle_until_ns=deadline)
-        if skips >= _IDLE_SKIPS:
-            return IntrExit()
+        if clock.now() >= self.next_checkpoint_ns or skips >= _IDLE_SKIPS:
+            return self._end_of_slice()
         clock.skip_to(deadline)
         return None
 
-    # ------------------------------------------------------------------------------------- port I/O and MMIO
+    # ------------------------------------------------------------------------------------------- port I/O and MMIO
+
+    def _begin_port_io(self) -> None:
+        """The port instruction at RIP has left direct execution, which has checked its permission."""
+        try:
+            access = port_io.begin(self.emulation)
+        except GuestFault as fault:
+            deliver_fault(self.emulation, fault)
+        else:
+            raise PortAccessNeeded(access)
 
     def _port_exit(self, access: PortAccess) -> IoExit:
         ones = (1 << 8 * access.size) - 1
@@ -357,9 +358,8 @@ class Vcpu:
     def _finish_port_io(self, access: PortAccess, io_exit: IoExit) -> None:
         """Take the VMM's answer. A repeated instruction that is not done yet is executed again for its next element."""
         try:
-            finish_access(self.emulation, access, io_exit.data)
-            if self.emulation.watch_hits:
-                raise debug_trap(self.emulation.watch_hits)
+            if port_io.finish_element(self.emulation, access, io_exit.data):
+                complete(self.emulation, access.decoded)
         except GuestFault as fault:
             deliver_fault(self.emulation, fault)
 
@@ -372,17 +372,54 @@ class Vcpu:
     def _finish_mmio_read(self, mmio_exit: MmioExit) -> None:
         """Take the VMM's answer, and execute the instruction at RIP once more with it."""
         self.emulation.mmio.answer(mmio_exit.data & (1 << 8 * mmio_exit.size) - 1)
-        resume_instruction(self.emulation)
+        emulate_instruction(self.emulation)
 
     def _mmio_write_exit(self) -> MmioExit:
         write = self.emulation.mmio.writes.pop(0)
         return MmioExit(write.gpa, write.size, write=True, data=write.value)
 
+    # ------------------------------------------------------------------------------------------------- other exits
+
+    def _msr_exit(self, needed: MsrAccessNeeded) -> MsrExit:
+        msr_exit = MsrExit(needed.index, needed.value is not None, needed.value or 0)
+        self._complete_userspace_io = partial(self._finish_msr_access, needed, msr_exit)
+        return msr_exit
+
+    def _finish_msr_access(self, needed: MsrAccessNeeded, msr_exit: MsrExit) -> None:
+        """Take the VMM's answer; its refusal is a #GP(0) for the next entry (``complete_fast_msr()``)."""
+        if msr_exit.error:
+            self.events.queue_exception(QueuedException(GP, error_code=0))
+            return
+        try:
+            if needed.value is None:
+                finish_rdmsr(self.emulation, needed.decoded, msr_exit.data)
+            else:
+                complete(self.emulation, needed.decoded)
+        except GuestFault as fault:
+            deliver_fault(self.emulation, fault)
+
+    def _step_exit(self) -> Exit:
+        self._stepped = False
+        return self._debug_exit(DebugReport(DB, DR6_BS | DR6_FIXED))
+
+    def _debug_exit(self, report: DebugReport) -> DebugExit:
+        words = self.state.words
+        self.events.instruction_length = _INT3_BYTES if report.vector == BP else 0
+        pc = linear_address(words, CS, words[RIP])
+        return DebugExit(report.vector, pc, report.dr6, self.debugger.dr7)
+
     def _internal_error(self, detail: str) -> InternalErrorExit:
+        words = self.state.words
         try:
             code = fetch_instruction(self.emulation)
-            gpa = self.translate(self.state.words[RIP])
-            instruction = b"" if gpa is None else self.vm.memory.read(gpa, code.length)
         except GuestFault:
-            instruction = b""
+            return InternalErrorExit(detail)
+        place = self.translate(linear_address(words, CS, words[RIP]))
+        instruction = self.vm.memory.read(place.physical_address, code.length) if place.valid else b""
         return InternalErrorExit(detail, instruction=instruction)
+
+    def run_until(self, linear: int) -> EngineExit:
+        """Direct execution up to the instruction at *linear*, for the handling of an exit."""
+        if self.debugger.has_breakpoints:
+            self.debugger.note_dr6()
+        return self.engine.run_until(linear)

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
-from typing import Literal
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
 
 from lasskvm.engine.engine import Transmitter
 from lasskvm.errors import LassKvmError, MemoryLayoutError
 from lasskvm.kvm.clock import Clock, VirtualClock
-from lasskvm.kvm.iobus import PortBus
+from lasskvm.kvm.iobus import DeviceState, PortBus
 from lasskvm.kvm.irqchip import Pic, Pit
 from lasskvm.kvm.irqchip.pit import PIT_IRQ
+from lasskvm.kvm.msr_filter import MsrFilter
+from lasskvm.kvm.snapshot_state import load_vm, save_vm
+from lasskvm.kvm.structures import MsrFilterRange
 from lasskvm.kvm.vcpu import Vcpu
-from lasskvm.memory import GuestMemory
+from lasskvm.memory import PAGE_DIRTY, SLOT_LOG_DIRTY_PAGES, GuestMemory
+from lasskvm.state import TLB_FLUSH
 
 __all__ = ["ExecutionEngine", "Vm"]
 
 #: What executes guest code.
 ExecutionEngine = Literal["jit", "emulator"]
+
+#: The bitmap of a dirty log comes in words of this many bytes.
+_DIRTY_WORD_BYTES = 8
 
 
 class Vm:
@@ -41,6 +54,8 @@ class Vm:
         self.pic: Pic | None = None
         self.pit: Pit | None = None
         self.vcpu: Vcpu | None = None
+        #: Which accesses of the guest to MSRs leave for the VMM; None: none.
+        self.msr_filter: MsrFilter | None = None
         #: The console whose output is coalesced (``KVM_REGISTER_COALESCED_MMIO`` with ``pio``); set it before the first
         #: run. What the guest has written comes at the end of each run, and before any other port access.
         self.transmitter: Transmitter | None = None
@@ -72,6 +87,36 @@ class Vm:
             self.memory.delete_slot(slot)
         else:
             self.memory.set_slot(slot, gpa, memory, flags)
+        self._forget_translations()
+
+    def _forget_translations(self) -> None:
+        if self.vcpu is not None:
+            self.vcpu.state.words[TLB_FLUSH] = 1
+
+    def get_dirty_log(self, slot: int) -> bytes:
+        """``KVM_GET_DIRTY_LOG``: a bit for each page written since the last call, in whole 64-bit words.
+
+        The slot must have been set with ``SLOT_LOG_DIRTY_PAGES``; OSError with ENOENT otherwise. Unlike the kernel's,
+        this log also has what the VMM writes through ``memory``.
+
+        >>> from lasskvm.memory import SLOT_LOG_DIRTY_PAGES
+        >>> vm = Vm()
+        >>> vm.set_user_memory_region(0, 0, vm.allocate(0x10000), SLOT_LOG_DIRTY_PAGES)
+        >>> vm.memory.write(0x3000, b"dirty")
+        >>> vm.get_dirty_log(0).hex(), vm.get_dirty_log(0).hex()
+        ('0800000000000000', '0000000000000000')
+        """
+        known = next((other for other in self.memory if other.number == slot), None)
+        if known is None or not known.flags & SLOT_LOG_DIRTY_PAGES:
+            raise OSError(
+                errno.ENOENT, "KVM_GET_DIRTY_LOG: the slot does not exist or does not log dirty pages"
+            )
+        dirty = known.page_flags & PAGE_DIRTY
+        known.page_flags &= ~np.uint8(PAGE_DIRTY)
+        # What is writable without a look at the page flags is so no longer.
+        self._forget_translations()
+        bitmap = np.packbits(dirty != 0, bitorder="little").tobytes()
+        return bitmap.ljust(-(-len(bitmap) // _DIRTY_WORD_BYTES) * _DIRTY_WORD_BYTES, b"\0")
 
     def set_clock(self, clock: Clock) -> None:
         """Follow *clock* instead of the deterministic one; before any device or vCPU is made."""
@@ -103,6 +148,75 @@ class Vm:
         if self.pic is None:
             raise LassKvmError("this VM has no irqchip; call create_irqchip() first")
         self.pic.set_irq(line, level)
+
+    def get_irqchip(self) -> DeviceState:
+        """``KVM_GET_IRQCHIP`` of both 8259As; OSError with ENXIO without an irqchip."""
+        return self._pic("KVM_GET_IRQCHIP").get_state()
+
+    def set_irqchip(self, state: DeviceState) -> None:
+        """``KVM_SET_IRQCHIP`` of what :meth:`get_irqchip` gave."""
+        self._pic("KVM_SET_IRQCHIP").set_state(state)
+
+    def get_pit2(self) -> DeviceState:
+        """``KVM_GET_PIT2``; OSError with ENXIO without a PIT."""
+        return self._pit("KVM_GET_PIT2").get_state()
+
+    def set_pit2(self, state: DeviceState) -> None:
+        """``KVM_SET_PIT2`` of what :meth:`get_pit2` gave, on a VM whose clock reads the same time."""
+        self._pit("KVM_SET_PIT2").set_state(state)
+
+    def _pic(self, ioctl: str) -> Pic:
+        if self.pic is None:
+            raise OSError(errno.ENXIO, f"{ioctl}: this VM has no irqchip; call create_irqchip() first")
+        return self.pic
+
+    def _pit(self, ioctl: str) -> Pit:
+        if self.pit is None:
+            raise OSError(errno.ENXIO, f"{ioctl}: this VM has no PIT; call create_pit2() first")
+        return self.pit
+
+    def set_msr_filter(self, ranges: Sequence[MsrFilterRange], *, default_allow: bool = True) -> None:
+        """``KVM_X86_SET_MSR_FILTER``: accesses that the filter denies leave as :class:`~lasskvm.kvm.exits.MsrExit`.
+
+        At most 16 ranges; OSError as of :class:`~lasskvm.kvm.msr_filter.MsrFilter`. No range at all ends the filtering.
+        """
+        wanted = MsrFilter(ranges, default_allow=default_allow)
+        self.msr_filter = wanted if wanted.ranges else None
+        if self.vcpu is not None:
+            self.vcpu.apply_msr_filter()
+
+    def save(self, path: Path | str) -> None:
+        """Write the whole VM to the snapshot file *path*, which is replaced at once or not at all.
+
+        The VM goes on exactly as one does that is loaded from the file; saved at a checkpoint
+        (``vcpu.at_checkpoint``), also exactly as one that was never saved. Raises :class:`SnapshotError` when the file
+        cannot be written, and amid an instruction: behind an I/O, MMIO or MSR exit, run the vCPU with
+        ``immediate_exit`` first.
+        """
+        save_vm(self, Path(path))
+
+    @classmethod
+    def load(cls, path: Path | str) -> Vm:
+        """The VM in the snapshot file *path*.
+
+        Raises :class:`SnapshotError` for a file that is no snapshot of a VM, damaged, cut off, or of a newer version.
+        """
+        return load_vm(Path(path), cls)
+
+    def close(self) -> None:
+        """Let go of memory and translator; no other call is valid afterwards."""
+        if self.vcpu is not None:
+            self.vcpu.close()
+        for slot in list(self.memory):
+            self.memory.delete_slot(slot.number)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _interrupt_line_changed(self, level: bool) -> None:
         if level and self.vcpu is not None:

@@ -24,9 +24,7 @@ _CLEAR = f"mov rax, cr4; btr rax, {_LASS_BIT}; access: mov cr4, rax"
 _LASS = frozenset({"lass"})
 
 
-def _case(
-    name: str, words: str, program: str, lass: Expected, *, has_lass: bool = True, **more: Any
-) -> Case:
+def _case(name: str, words: str, program: str, lass: Expected, *, has_lass: bool = True, **more: Any) -> Case:
     """A case on a processor with or without LASS in its CPUID; CR4.LASS is 0 at its start."""
     fields: Mapping[str, Any] = {
         "smap": False, "smep": False, "enabled": False,
@@ -139,9 +137,7 @@ _WITH_CPUID = (
 )  # fmt: skip
 
 
-def _without_smap(
-    name: str, words: str, program: str, lass: Expected, off: Expected, **more: Any
-) -> Case:
+def _without_smap(name: str, words: str, program: str, lass: Expected, off: Expected, **more: Any) -> Case:
     return Case(
         id=f"{_GROUP}/{name}", group=_GROUP, words=words, program=program, lass=lass, off=off, smap=False,
         smep=False, without=frozenset({"smap"}), **more,

@@ -11,7 +11,12 @@ from lasskvm.x86.registers import RFLAGS_AC
 __all__ = ["CASES"]
 
 _GROUP = "rings"
-_READ, _WRITE, _PUSH, _FETCH = "access: mov rax, [rbx]", "access: mov [rbx], rax", "access: push rcx", "access: jmp rbx"
+_READ, _WRITE, _PUSH, _FETCH = (
+    "access: mov rax, [rbx]",
+    "access: mov [rbx], rax",
+    "access: push rcx",
+    "access: jmp rbx",
+)
 _PAGE_LOW, _PAGE_HIGH = layout.LOW_SUPERVISOR, layout.HIGH_SUPERVISOR
 
 # name, program, address, SMAP, AC, with LASS, without

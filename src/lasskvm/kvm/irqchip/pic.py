@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from lasskvm.kvm.iobus import IrqLine
+from lasskvm.kvm.iobus import DeviceState, IrqLine
 
 __all__ = ["Pic"]
 
@@ -56,6 +56,13 @@ OCW2_SHIFT = 5
 
 #: What the next write to the odd port is.
 EXPECT_OCW1, EXPECT_ICW2, EXPECT_ICW3, EXPECT_ICW4 = range(4)
+
+#: What a controller's state consists of: bytes, and yes or no.
+_REGISTERS = ("elcr", "expect", "highest", "imr", "irr", "isr", "levels", "vector_base")
+_SWITCHES = (
+    "auto_eoi", "poll", "read_isr", "rotate_in_auto_eoi", "special_fully_nested", "special_mask", "with_icw3",
+    "with_icw4",
+)  # fmt: skip
 
 LINES = 8
 LINE_MASK = LINES - 1
@@ -143,6 +150,16 @@ class Pic:
             chip.write_command(value)
         self._update()
 
+    def get_state(self) -> DeviceState:
+        """Both controllers; fields of ``struct kvm_pic_state`` and a few more, under the names used here."""
+        return {"master": self.master.get_state(), "slave": self.slave.get_state()}
+
+    def set_state(self, state: DeviceState) -> None:
+        """The inverse of :meth:`get_state`; INTR follows."""
+        self.master.set_state(state["master"])
+        self.slave.set_state(state["slave"])
+        self._update()
+
     def _chip(self, port: int) -> Chip:
         return self.slave if port in SLAVE_PORTS or port == ELCR_PORTS[1] else self.master
 
@@ -203,6 +220,17 @@ class Chip:
         self.with_icw4 = False
         self._initialize()
         self.expect = EXPECT_OCW1
+
+    def get_state(self) -> DeviceState:
+        """Every register and the levels of the inputs."""
+        return {name: int(getattr(self, name)) for name in (*_REGISTERS, *_SWITCHES)}
+
+    def set_state(self, state: DeviceState) -> None:
+        """The inverse of :meth:`get_state`."""
+        for name in _REGISTERS:
+            setattr(self, name, state[name] & BYTE_MASK)
+        for name in _SWITCHES:
+            setattr(self, name, bool(state[name]))
 
     def set_line(self, line: int, level: bool) -> None:
         """Follow an input. An edge is latched until INTA; a level-triggered request follows the level."""

@@ -10,7 +10,7 @@ Sources: Intel 8254 data sheet (231164); KVM function names are given where they
 from __future__ import annotations
 
 from lasskvm.kvm.clock import NANOSECONDS_PER_SECOND, Clock, Timer
-from lasskvm.kvm.iobus import IrqLine
+from lasskvm.kvm.iobus import DeviceState, IrqLine
 
 __all__ = ["PIT_FREQUENCY", "PIT_IRQ", "Pit"]
 
@@ -86,6 +86,25 @@ class Pit:
         self.channels = (Channel(gate=True), Channel(gate=True), Channel(gate=False))
         self.speaker = 0
         self._stop()
+
+    def get_state(self) -> DeviceState:
+        """All channels and port 0x61; times are those of the clock."""
+        return {
+            "channels": [channel.get_state() for channel in self.channels],
+            "speaker": self.speaker,
+            "edge_tick": self._edge_tick,
+            "timer": None if self._timer is None else self._timer.state,
+        }
+
+    def set_state(self, state: DeviceState) -> None:
+        """The inverse of :meth:`get_state`, on a clock that reads the same time."""
+        self._stop()
+        for channel, values in zip(self.channels, state["channels"], strict=True):
+            channel.set_state(values)
+        self.speaker = state["speaker"] & SPEAKER_WRITABLE
+        self._edge_tick = state["edge_tick"]
+        if state["timer"] is not None:
+            self._timer = self._clock.restore(state["timer"], self._rising_edge)
 
     def read_port(self, port: int, size: int) -> int:
         """Read a counter, a latched value or port 0x61. KVM: ``pit_ioport_read``, ``speaker_ioport_read``."""
@@ -207,6 +226,19 @@ class Channel:
         self.latched_status: int | None = None
         self.read_high = False
         self.write_low: int | None = None
+
+    def get_state(self) -> DeviceState:
+        """Every register."""
+        state = {name: getattr(self, name) for name in self.__slots__}
+        return state | {"latched_count": self.latched_count.hex()}
+
+    def set_state(self, state: DeviceState) -> None:
+        """The inverse of :meth:`get_state`."""
+        if not state["count"] or state["next_count"] == 0:
+            raise ValueError("a counter that counts from 0")
+        for name in self.__slots__:
+            setattr(self, name, state[name])
+        self.latched_count = bytes.fromhex(state["latched_count"])
 
     def write(self, value: int, tick: int) -> bool:
         """Take one byte of a count. Returns whether the times of the output's edges changed."""

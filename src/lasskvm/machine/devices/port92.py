@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lasskvm.kvm.iobus import DeviceState
+
 __all__ = ["Port92"]
 
 PORT = 0x92
@@ -30,6 +32,14 @@ class Port92:
     def reset(self) -> None:
         """Open the A20 gate, as firmware leaves it."""
         self.value = A20_GATE
+
+    def get_state(self) -> DeviceState:
+        """What was written last."""
+        return {"value": self.value}
+
+    def set_state(self, state: DeviceState) -> None:
+        """The inverse of :meth:`get_state`."""
+        self.value = int(state["value"])
 
     def read_port(self, port: int, size: int) -> int:
         """Return what was written last."""

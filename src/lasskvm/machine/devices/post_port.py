@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lasskvm.kvm.iobus import DeviceState
+
 __all__ = ["PostPort"]
 
 PORT = 0x80
@@ -20,6 +22,14 @@ class PostPort:
     def reset(self) -> None:
         """Forget the code."""
         self.code = 0
+
+    def get_state(self) -> DeviceState:
+        """What was written last."""
+        return {"code": self.code}
+
+    def set_state(self, state: DeviceState) -> None:
+        """The inverse of :meth:`get_state`."""
+        self.code = int(state["code"])
 
     def read_port(self, port: int, size: int) -> int:
         """Return what was written last."""

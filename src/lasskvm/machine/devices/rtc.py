@@ -13,7 +13,7 @@ from __future__ import annotations
 from datetime import date
 
 from lasskvm.kvm.clock import NANOSECONDS_PER_SECOND, Clock, Timer
-from lasskvm.kvm.iobus import IrqLine
+from lasskvm.kvm.iobus import DeviceState, IrqLine
 
 __all__ = ["RTC_IRQ", "RTC_PORT", "Rtc"]
 
@@ -71,6 +71,10 @@ MONTHS = 12
 CENTURY_YEARS = 100
 
 
+#: What is kept as a number, or as yes or no.
+_STATE = ("alarm_at", "flags", "index", "irq_level", "nmi_disabled", "offset_s", "seen_ns")
+
+
 class Rtc:
     """The clock chip. ``irq`` is the IRQ 8 line; the machine may put its own facts into ``cmos``."""
 
@@ -113,6 +117,26 @@ class Rtc:
         self.cmos[REG_B] &= ~B_CLEARED_BY_RESET
         self._find_alarm()
         self._update()
+
+    def get_state(self) -> DeviceState:
+        """Registers, memory, the guest's time, and the timer."""
+        timer = None if self._timer is None else self._timer.state
+        state = {name: getattr(self, name) for name in _STATE}
+        return state | {"cmos": self.cmos.hex(), "timer": timer}
+
+    def set_state(self, state: DeviceState) -> None:
+        """The inverse of :meth:`get_state`, on a clock that reads the same time."""
+        cmos = bytearray.fromhex(state["cmos"])
+        if len(cmos) != CMOS_SIZE:
+            raise ValueError(f"a CMOS memory of {len(cmos)} bytes")
+        for name in _STATE:
+            setattr(self, name, state[name])
+        self.cmos = cmos
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if state["timer"] is not None:
+            self._timer = self._clock.restore(state["timer"], self._expire)
 
     def read_port(self, port: int, size: int) -> int:
         """Read the indexed register. The index itself cannot be read back."""

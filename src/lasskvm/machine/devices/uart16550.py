@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from lasskvm.kvm.iobus import IrqLine
+from lasskvm.kvm.iobus import DeviceState, IrqLine
 
 __all__ = ["BACKLOG_LIMIT", "COM1_IRQ", "COM1_PORT", "Uart16550"]
 
@@ -92,6 +92,9 @@ BYTE_MASK = 0xFF
 ERROR_SHIFT = 8
 BREAK_ENTRY = LSR_BREAK << ERROR_SHIFT
 
+#: Registers and what else is kept as a number.
+_STATE = ("divisor", "fcr", "ier", "irq_level", "lcr", "lsr", "mcr", "msr", "scr", "thr_empty_pending")
+
 _BYTES = tuple(bytes((value,)) for value in range(BYTE_MASK + 1))
 
 
@@ -141,6 +144,17 @@ class Uart16550:
         #: The THR-empty interrupt was caused and not yet cleared by reading IIR.
         self.thr_empty_pending = False
         self._fill()
+
+    def get_state(self) -> DeviceState:
+        """Registers, the FIFO, and what the host has sent so far."""
+        queues = {"fifo": list(self.fifo), "backlog": list(self.backlog)}
+        return queues | {name: getattr(self, name) for name in _STATE}
+
+    def set_state(self, state: DeviceState) -> None:
+        """The inverse of :meth:`get_state`."""
+        for name in _STATE:
+            setattr(self, name, state[name])
+        self.fifo, self.backlog = deque(state["fifo"]), deque(state["backlog"])
 
     @property
     def room(self) -> int:
