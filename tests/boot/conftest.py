@@ -131,18 +131,32 @@ def lasskvm(debian: Image) -> LassKvm:
     """A function that runs ``lasskvm run debian`` with more words, and with *typed* as its standard input."""
 
     def run(*words: str | Path, typed: str | None = None) -> Run:
-        process = subprocess.run(
-            [sys.executable, "-m", "lasskvm", "run", "debian", *map(str, words)],
-            stdin=subprocess.DEVNULL if typed is None else None,
-            input=None if typed is None else typed.encode(),
-            capture_output=True,
-            timeout=RUN_SECONDS,
-            check=False,
-        )
-        assert b"Traceback" not in process.stderr, process.stderr.decode()
-        return Run(process.returncode, process.stdout.decode(errors="replace"), process.stderr.decode())
+        return run_lasskvm("debian", *words, typed=typed)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def lasskvm_load() -> LassKvm:
+    """A function that runs ``lasskvm run --load`` with the path of a snapshot and more words."""
+
+    def load(*words: str | Path) -> Run:
+        return run_lasskvm("--load", *words)
+
+    return load
+
+
+def run_lasskvm(*words: str | Path, typed: str | None = None) -> Run:
+    process = subprocess.run(
+        [sys.executable, "-m", "lasskvm", "run", *map(str, words)],
+        stdin=subprocess.DEVNULL if typed is None else None,
+        input=None if typed is None else typed.encode(),
+        capture_output=True,
+        timeout=RUN_SECONDS,
+        check=False,
+    )
+    assert b"Traceback" not in process.stderr, process.stderr.decode()
+    return Run(process.returncode, process.stdout.decode(errors="replace"), process.stderr.decode())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

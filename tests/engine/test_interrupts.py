@@ -47,11 +47,11 @@ def test_nmi_comes_at_once_and_blocks_the_next_until_iret(guest: Guest) -> None:
     guest.start(
         "loop: jmp loop; handler: inc r8; out 0x99, al; out 0x99, al; iretq", handlers={NMI: "handler"}
     )
-    guest.vcpu.inject_nmi()
+    guest.vcpu.nmi()
     for _ in range(2):
         assert isinstance(guest.vcpu.run(), IoExit)
         assert guest.vcpu.get_regs().r8 == 1
-        guest.vcpu.inject_nmi()
+        guest.vcpu.nmi()
     while isinstance(guest.vcpu.run(), IntrExit):
         pass
     assert guest.vcpu.get_regs().r8 == 2
@@ -66,9 +66,9 @@ def test_blocked_nmi_comes_right_behind_iret(guest: Guest) -> None:
         "loop: inc rcx; jmp loop; handler: inc r8; mov r9, rcx; out 0x99, al; iretq",
         handlers={NMI: "handler"},
     )
-    guest.vcpu.inject_nmi()
+    guest.vcpu.nmi()
     assert isinstance(guest.vcpu.run(), IoExit)
-    guest.vcpu.inject_nmi()
+    guest.vcpu.nmi()
     while isinstance(guest.vcpu.run(), IntrExit):
         pass
     assert (guest.vcpu.get_regs().r8, guest.vcpu.get_regs().r9) == (2, 0)
@@ -82,7 +82,7 @@ def test_hlt_with_interrupts_off_exits(guest: Guest) -> None:
 
 def test_nmi_wakes_a_halted_guest(guest: Guest) -> None:
     guest.execute("hlt; after: nop")
-    guest.vcpu.inject_nmi()
+    guest.vcpu.nmi()
     outcome = guest.run()
     assert (outcome.vector, outcome.label) == (NMI, "after")
 

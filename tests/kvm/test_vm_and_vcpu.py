@@ -9,6 +9,7 @@ import pytest
 
 from lasskvm.errors import LassKvmError, MemoryLayoutError
 from lasskvm.kvm import HltExit, InternalErrorExit, IoExit, Regs, ShutdownExit, Vcpu, Vm
+from lasskvm.kvm.structures import Translation
 from lasskvm.state import PDPTR0
 from lasskvm.x86.cpu_models import parse_cpu
 from lasskvm.x86.msr import MSR_IA32_EFER, MSR_IA32_LSTAR
@@ -76,8 +77,10 @@ def test_cpuid_cannot_change_once_the_vcpu_has_run(vm: Vm) -> None:
     vcpu = real_mode(vm, HLT)
     vcpu.set_cpuid2(parse_cpu("max").entries())
     assert isinstance(vcpu.run(), HltExit)
-    with pytest.raises(OSError, match="KVM_SET_CPUID2"):
-        vcpu.set_cpuid2(parse_cpu("max").entries())
+    vcpu.set_cpuid2(parse_cpu("max").entries())
+    with pytest.raises(OSError, match="KVM_SET_CPUID2") as refusal:
+        vcpu.set_cpuid2(parse_cpu("max,-lass").entries())
+    assert refusal.value.errno == errno.EINVAL
 
 
 def test_setting_sregs_in_pae_mode_loads_the_pdptes(vm: Vm) -> None:
@@ -102,7 +105,7 @@ def test_msrs_are_read_and_written_and_unknown_ones_refused(vm: Vm) -> None:
 
 
 def test_translate_without_paging_is_the_identity(vm: Vm) -> None:
-    assert vm.create_vcpu().translate(0x1234) == 0x1234
+    assert vm.create_vcpu().translate(0x1234) == Translation(0x1234, valid=True)
 
 
 def test_hlt_without_an_irqchip_returns_and_the_next_run_goes_on_behind_it(vm: Vm) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import lasskvm
-from lasskvm.cli import demo, explain, fuzz, images, run
+from lasskvm.cli import demo, explain, fuzz, images, run, verify
 
 __all__ = ["app"]
 
@@ -48,6 +48,7 @@ app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
 app.command("run", epilog=run.EXAMPLE)(run.run)
 app.command("explain", epilog=explain.EXAMPLE)(explain.explain)
 app.command("fuzz", epilog=fuzz.EXAMPLE)(fuzz.fuzz)
+app.command("verify", epilog=verify.EXAMPLE)(verify.verify)
 _images_app.command("pull", epilog=images.PULL_EXAMPLE)(images.pull)
 _images_app.command("list", epilog=images.LIST_EXAMPLE)(images.list_images)
 app.add_typer(_images_app, name="images", help="Pull guest kernels, and list them.")

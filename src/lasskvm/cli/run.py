@@ -50,6 +50,10 @@ _DEFAULT_MEMORY = 256
 _EXECUTABLE_BITS = 0o111
 _STATUS_BITS = 0xFF
 _STANDARD_OUTPUT = 1
+_NANOSECONDS_PER_SECOND = 1_000_000_000
+#: What can be said of a machine that is loaded.
+_FROM_DEFAULT = "DEFAULT"
+_BESIDE_LOAD = ("load", "save", "save_after", "timeout", "stats", "quiet", "help")
 
 
 class ClockChoice(StrEnum):
@@ -74,8 +78,12 @@ def _list_cpus(cpu: str) -> str:
 
 
 _ImageArgument = Annotated[
-    str,
-    typer.Argument(help="A kernel file (bzImage, vmlinux, ELF), or a pulled image: debian.", metavar="IMAGE"),
+    str | None,
+    typer.Argument(
+        help="A kernel file (bzImage, vmlinux, ELF), or a pulled image: debian. None with --load.",
+        metavar="IMAGE",
+        show_default=False,
+    ),
 ]
 _Program = Annotated[
     list[str] | None,
@@ -116,6 +124,21 @@ _Backend = Annotated[
         help="Whose KVM runs the guest: that of lasskvm, or /dev/kvm, with what the host's processor has."
     ),
 ]
+_Save = Annotated[
+    Path | None,
+    typer.Option(
+        help="Save the machine when --save-after says so, or else when the time limit or the console ends the run.",
+        metavar="FILE",
+    ),
+]
+_SaveAfter = Annotated[
+    float | None,
+    typer.Option(help="Save after so many seconds of the guest's time, and end.", min=0, metavar="SECONDS"),
+]
+_LoadOption = Annotated[
+    Path | None,
+    typer.Option(help="Go on with a machine that --save has saved, as it was.", metavar="FILE"),
+]
 _Stats = Annotated[bool, typer.Option("--stats", help="Print counters on standard error at the end.")]
 _Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help='No messages but errors; "quiet" for the kernel, too.')
@@ -124,7 +147,8 @@ _Quiet = Annotated[
 
 @reports_errors
 def run(
-    image: _ImageArgument,
+    context: typer.Context,
+    image: _ImageArgument = None,
     program: _Program = None,
     memory: _Memory = _DEFAULT_MEMORY,
     cpu: _Cpu = "max",
@@ -135,17 +159,23 @@ def run(
     clock: _Clock = None,
     engine: EngineOption = EngineChoice.JIT,
     backend: _Backend = BackendChoice.SOFT,
+    save: _Save = None,
+    save_after: _SaveAfter = None,
+    load: _LoadOption = None,
     stats: _Stats = False,
     quiet: _Quiet = False,
 ) -> None:
     """Boot a kernel with LASS, its console on standard input and output."""
+    on_host = backend is BackendChoice.KVM
+    _check_saving(save, save_after, on_host)
+    if load is not None:
+        _refuse_beside_load(context)
     if program and initrd is not None:
         raise typer.BadParameter(
             "an initrd and a program exclude each other: the program gets an initramfs of its own"
         )
     if append and cmdline is not None:
         raise typer.BadParameter("--cmdline replaces what --append would add to; give one of them")
-    on_host = backend is BackendChoice.KVM
     if on_host and clock is ClockChoice.VIRTUAL:
         raise typer.BadParameter("a guest on /dev/kvm lives by the host's time; leave --clock virtual out")
     if on_host and engine is not EngineChoice.JIT:
@@ -154,35 +184,84 @@ def run(
     from lasskvm.machine.console import HINT, Console, is_terminal, standard_input
     from lasskvm.machine.pc import Pc
 
-    model = parse_cpu(cpu)
-    kernel = images.resolve(image)
-    ramdisk = _initramfs(kernel, program) if initrd is None else initrd
     keyboard = standard_input()
     interactive = not program and is_terminal(keyboard)
-    host_clock = clock is ClockChoice.HOST or (clock is None and interactive)
     console = Console(input_descriptor=keyboard, output_descriptor=_STANDARD_OUTPUT, raw=interactive)
-    pc = Pc(
-        memory * _MIB,
-        model,
-        output=console.write,
-        idle=console.idle,
-        clock=kvm.HostClock() if host_clock else None,
-        engine=engine.value,
-        provider="host" if on_host else "soft",
-    )
+    if load is not None:
+        pc = Pc.load(load, output=console.write, idle=console.idle)
+    elif image is None:
+        raise typer.BadParameter("give an image to boot, or a saved machine with --load")
+    else:
+        model = parse_cpu(cpu)
+        kernel = images.resolve(image)
+        ramdisk = _initramfs(kernel, program) if initrd is None else initrd
+        host_clock = clock is ClockChoice.HOST or (clock is None and interactive)
+        pc = Pc(
+            memory * _MIB,
+            model,
+            output=console.write,
+            idle=console.idle,
+            clock=kvm.HostClock() if host_clock else None,
+            engine=engine.value,
+            provider="host" if on_host else "soft",
+        )
+        _load(pc, kernel, ramdisk, _command_line(append, cmdline, quiet))
     console.connect(pc.uart, pc.clock.now, pc.stop)
-    _load(pc, kernel, ramdisk, _command_line(append, cmdline, quiet))
     if pc.missing_features() and not quiet:
         say(f"this host's KVM lacks: {', '.join(pc.missing_features())}")
-    if engine is EngineChoice.JIT and not on_host:
+    if isinstance(pc.vm, kvm.Vm) and pc.vm.engine == "jit":
         kvm.prepare(ignore if quiet else say)
+    if save is not None and save_after is not None:
+        pc.save_at(save, int(save_after * _NANOSECONDS_PER_SECOND))
     if console.is_raw and not quiet:
         say(HINT)
     with console:
         ending = pc.run(timeout)
+    if save is not None:
+        ending = _finish_saving(pc, save, ending, quiet)
     if stats:
         _print_statistics(pc)
     raise typer.Exit(_status(ending, bool(program)))
+
+
+def _check_saving(save: Path | None, save_after: float | None, on_host: bool) -> None:
+    """Refuse what could not be saved in the end before anything is run."""
+    if save is None:
+        if save_after is not None:
+            raise typer.BadParameter("--save-after says when to save; say where to, with --save")
+        return
+    if on_host:
+        raise typer.BadParameter("a machine on /dev/kvm cannot be saved; leave --save or --backend kvm out")
+    if save.is_dir() or not save.parent.is_dir():
+        raise typer.BadParameter(f"{save} cannot be a file; give --save one in a folder that exists")
+
+
+def _refuse_beside_load(context: typer.Context) -> None:
+    """A saved machine is what it is: refuse everything that would make another one of it."""
+    for parameter in context.command.params:
+        name = parameter.name
+        if name is None or name in _BESIDE_LOAD:
+            continue
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != _FROM_DEFAULT:
+            raise typer.BadParameter(
+                f"--load goes on with the machine as it was saved; leave {parameter.opts[0]} out"
+            )
+
+
+def _finish_saving(pc: Pc, path: Path, ending: Ending, quiet: bool) -> Ending:
+    """Save what the time limit or the console has stopped, and say what has become of *path*."""
+    from lasskvm.machine.pc import End
+    from lasskvm.machine.pc import Ending as PcEnding
+
+    if ending.end in (End.TIMEOUT, End.STOPPED):
+        pc.save(path)
+        ending = PcEnding(End.SAVED, 0)
+    if ending.end is not End.SAVED:
+        say(f"the run was over before the machine was saved; {path} was not written")
+    elif not quiet:
+        say(f"the machine is in {path}; `lasskvm run --load {path}` goes on with it")
+    return ending
 
 
 def _command_line(append: str, cmdline: str | None, quiet: bool) -> str:

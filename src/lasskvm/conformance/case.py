@@ -175,10 +175,11 @@ class Mode(Enum):
 class Case:
     """One case.
 
-    *program* is assembly, its ``access`` label at the instruction under test; :data:`COMPLETION` follows it. *lass* is what
-    becomes of it with CR4.LASS = 1, *off* with CR4.LASS = 0 (None: there is no such contrast). The state at its begin
-    is that of :mod:`lasskvm.conformance.layout` with *registers*, *rflags* (added to the fixed ones), *sregs* (fields
-    of ``Sregs``), *msrs*, the *setup* steps on memory, CR4.SMAP and CR4.SMEP as *smap* and *smep* say, and *cr4* added.
+    *program* is assembly, its ``access`` label at the instruction under test; :data:`COMPLETION` follows it. *lass* is
+    what becomes of it with CR4.LASS = 1, *off* with CR4.LASS = 0 (None: there is no such contrast). The state at its
+    begin is that of :mod:`lasskvm.conformance.layout` with *registers*, *rflags* (added to the fixed ones), *sregs*
+    (fields of ``Sregs``), *msrs*, the *setup* steps on memory, CR4.SMAP and CR4.SMEP as *smap* and *smep* say, and
+    *cr4* added.
     """
 
     id: str

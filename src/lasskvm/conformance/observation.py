@@ -24,16 +24,14 @@ __all__ = ["CR2_UNTOUCHED", "Observed", "describe", "differences", "register", "
 #: CR2 before each case.
 CR2_UNTOUCHED = 0xFFFF_8BAD_0000_0CE2
 
-#: UD2 and "kvm".
-_FORCED_PREFIX_BYTES = 5
 _FLAGS = {
     "ac": RFLAGS_AC, "cf": RFLAGS_CF, "zf": RFLAGS_ZF, "tf": RFLAGS_TF, "rf": RFLAGS_RF, "if": RFLAGS_IF,
 }  # fmt: skip
 _SPECIAL: dict[str, Callable[[Sregs], int]] = {
     "cr0": lambda sregs: sregs.cr0,
     "cr4": lambda sregs: sregs.cr4,
-    "cr4.lass": lambda sregs: int(bool(sregs.cr4 & CR4_LASS)),
-    "efer.lma": lambda sregs: int(bool(sregs.efer & EFER_LMA)),
+    "cr4_lass": lambda sregs: int(bool(sregs.cr4 & CR4_LASS)),
+    "efer_lma": lambda sregs: int(bool(sregs.efer & EFER_LMA)),
     "gdt_base": lambda sregs: sregs.gdt.base,
     "idt_base": lambda sregs: sregs.idt.base,
     "ldt_base": lambda sregs: sregs.ldt.base,
@@ -55,7 +53,7 @@ class Observed:
     *rip* to *ss* are the interrupted program's, from the frame of the event, where there is one. *effect* is what has
     happened to the operand's page, None when it is none of :class:`Effect`'s; *page* says it in detail. *memory* holds
     the words that the case asks for. *labels* are the addresses of the program's labels, *start* the registers at
-    its begin. *mmio_accesses* counts the accesses that came to the VMM.
+    its begin. *mmio_accesses* counts the accesses to the operand's page that came to the VMM.
     """
 
     ending: Ending
@@ -72,9 +70,11 @@ class Observed:
     memory: Mapping[int, int]
     labels: Mapping[str, int]
     start: Regs
+    #: Whether nothing runs before the instruction under test.
+    is_first: bool
     effect: Effect | None = None
     page: str = ""
-    #: None where no page was MMIO.
+    #: None where it was no MMIO.
     mmio_accesses: int | None = None
 
     def place(self, address: int) -> str:
@@ -90,7 +90,7 @@ def register(observed: Observed, name: str) -> int:
     """A register behind the case by *name*.
 
     ``rax`` to ``r15``; of the interrupted program ``rsp``, ``cs``, ``ss`` and the flags ``ac``, ``cf``, ``zf``, ``tf``,
-    ``rf`` and ``if``; of the processor ``cr0``, ``cr4``, ``cr4.lass``, ``efer.lma``, ``gdt_base``, ``idt_base``,
+    ``rf`` and ``if``; of the processor ``cr0``, ``cr4``, ``cr4_lass``, ``efer_lma``, ``gdt_base``, ``idt_base``,
     ``ldt``, ``ldt_base``, ``tr``, ``fs``, ``gs``, ``ds``, ``es``, ``fs_base``, ``gs_base`` and ``dr6``.
     """
     if name in _FLAGS:
@@ -109,9 +109,8 @@ def differences(expected: Expected, observed: Observed) -> list[str]:
     found = []
     if _event(expected) != _observed_event(observed):
         found.append(_event_text(observed))
-    elif expected.ending in (Ending.EVENT, Ending.HALTS) and expected.rip is not None:
-        if observed.rip != observed.resolve(expected.rip):
-            found.append(f"RIP {observed.place(observed.rip)}")
+    elif _is_elsewhere(expected, observed):
+        found.append(f"RIP {observed.place(observed.rip)}")
     if expected.ending not in (Ending.SHUTDOWN, Ending.REFUSED):
         cr2 = CR2_UNTOUCHED if expected.cr2 is None else expected.cr2
         if observed.sregs.cr2 != cr2:
@@ -131,12 +130,17 @@ def differences(expected: Expected, observed: Observed) -> list[str]:
     return found
 
 
+def _is_elsewhere(expected: Expected, observed: Observed) -> bool:
+    if expected.rip is None or expected.ending not in (Ending.EVENT, Ending.HALTS):
+        return False
+    return observed.rip != observed.resolve(expected.rip)
+
+
 def _changed_registers(expected: Expected, observed: Observed) -> list[str]:
     """An instruction that faults has changed no register; looked at where nothing ran before it."""
-    access = observed.labels.get(ACCESS)
-    if expected.ending is not Ending.EVENT or expected.rip != ACCESS or observed.rip != access:
+    if expected.ending is not Ending.EVENT or expected.rip != ACCESS or not observed.is_first:
         return []
-    if access - observed.start.rip not in (0, _FORCED_PREFIX_BYTES):
+    if observed.rip != observed.labels[ACCESS]:
         return []
     return [
         f"{name} {register(observed, name):#x}"

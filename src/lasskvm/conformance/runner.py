@@ -173,4 +173,5 @@ def disassembly(case: Case, code: bytes, address: int) -> str:
     formatter = Formatter(FormatterSyntax.INTEL)
     formatter.hex_prefix, formatter.hex_suffix = "0x", ""
     formatter.space_after_operand_separator = True
+    formatter.show_useless_prefixes = True
     return formatter.format(Decoder(case.bits, code, ip=address).decode())

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from lasskvm.conformance import layout
 from lasskvm.conformance.layout import PageTables
-from lasskvm.memory import GuestMemory
+from lasskvm.memory import PAGE_SIZE, GuestMemory
 
 __all__ = [
     "Bytes",
@@ -20,6 +20,7 @@ __all__ = [
     "EveryGate",
     "Gate",
     "GdtImage",
+    "IdtImage",
     "Map",
     "Site",
     "Step",
@@ -60,6 +61,7 @@ class Bytes:
     data: bytes
 
     def apply(self, site: Site) -> None:
+        """Write it."""
         site.tables.write(self.gva, self.data)
 
 
@@ -71,6 +73,7 @@ class Words:
     values: tuple[int | str, ...]
 
     def apply(self, site: Site) -> None:
+        """Write it."""
         data = b"".join(site.resolve(value).to_bytes(_WORD_BYTES, "little") for value in self.values)
         site.tables.write(self.gva, data)
 
@@ -84,6 +87,7 @@ class TableRegister:
     limit: int
 
     def apply(self, site: Site) -> None:
+        """Write it."""
         data = self.limit.to_bytes(_LIMIT_BYTES, "little") + self.base.to_bytes(_WORD_BYTES, "little")
         site.tables.write(self.gva, data)
 
@@ -98,6 +102,7 @@ class Map:
     pages: int = 1
 
     def apply(self, site: Site) -> None:
+        """Write it."""
         site.tables.map(self.gva, self.gpa, self.flags, self.pages)
 
 
@@ -112,6 +117,7 @@ class Gate:
     selector: int = layout.KERNEL_CS
 
     def apply(self, site: Site) -> None:
+        """Write it."""
         layout.set_gate(
             site.memory,
             self.vector,
@@ -129,6 +135,7 @@ class EveryGate:
     ist: int
 
     def apply(self, site: Site) -> None:
+        """Write it."""
         for vector in range(layout.VECTORS):
             handler = layout.HANDLERS + vector * layout.HANDLER_BYTES
             layout.set_gate(site.memory, vector, handler, dpl=3, ist=self.ist)
@@ -144,6 +151,7 @@ class Descriptor:
     table: int = layout.GDT
 
     def apply(self, site: Site) -> None:
+        """Write it."""
         data = self.low.to_bytes(_WORD_BYTES, "little")
         if self.high is not None:
             data += self.high.to_bytes(_WORD_BYTES, "little")
@@ -160,6 +168,7 @@ class GdtImage:
     gva: int
 
     def apply(self, site: Site) -> None:
+        """Write it."""
         site.tables.write(self.gva, site.memory.read(layout.GDT_GPA, layout.GDT_BYTES))
 
 
@@ -172,5 +181,18 @@ class TssWord:
     table: int = layout.TSS
 
     def apply(self, site: Site) -> None:
+        """Write it."""
         for number, byte in enumerate(self.value.to_bytes(_WORD_BYTES, "little")):
             site.tables.write((self.table + self.offset + number) % (1 << 64), bytes((byte,)))
+
+
+@dataclass(frozen=True)
+class IdtImage:
+    """A copy of the usual IDT, as far as it reaches to the end of the page at linear *gva*."""
+
+    gva: int
+
+    def apply(self, site: Site) -> None:
+        """Write it."""
+        size = min(layout.VECTORS * layout.GATE_BYTES, PAGE_SIZE - self.gva % PAGE_SIZE)
+        site.tables.write(self.gva, site.memory.read(layout.IDT_GPA, size))

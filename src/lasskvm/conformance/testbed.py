@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lasskvm.conformance import layout
 from lasskvm.conformance.assembler import FORCED_EMULATION, Assembled, assemble
@@ -78,16 +78,18 @@ def _page_pattern(gpa: int) -> bytes:
 class _Device:
     """The MMIO pages of a run: guest-physical page to what it holds."""
 
-    pages: dict[int, bytearray]
-    accesses: int = 0
+    pages: dict[int, bytearray] = field(default_factory=dict)
+    #: How often each was accessed.
+    accesses: dict[int, int] = field(default_factory=dict)
 
     def answer(self, mmio: MmioExit) -> bool:
         """Answer an access; False when it is none of ours."""
-        page = self.pages.get(mmio.gpa & -PAGE_SIZE)
+        frame = mmio.gpa & -PAGE_SIZE
+        page = self.pages.get(frame)
         offset = mmio.gpa % PAGE_SIZE
         if page is None or offset + mmio.size > PAGE_SIZE:
             return False
-        self.accesses += 1
+        self.accesses[frame] += 1
         if mmio.write:
             page[offset : offset + mmio.size] = mmio.data.to_bytes(mmio.size, "little")
         else:
@@ -166,11 +168,10 @@ class Testbed:
         start = self._registers(case, program)
         reason = self._run(device) if self._start(case, program, start, lass) else None
         observed = self._observe(case, program, start, reason, device)
-        if mmio:
-            observed = replace(observed, mmio_accesses=device.accesses)
         if case.operand is not None and before is not None:
             effect, text = self._effect(case.operand, before, device)
-            observed = replace(observed, effect=effect, page=text)
+            accesses = device.accesses.get(self._tables.frame(case.operand))
+            observed = replace(observed, effect=effect, page=text, mmio_accesses=accesses)
         return observed
 
     def _restore(self) -> None:
@@ -184,11 +185,12 @@ class Testbed:
         self._tables.next_free = self._pristine_tables
 
     def _map_device(self, pages: tuple[int, ...]) -> _Device:
-        device = _Device({})
+        device = _Device()
         for number, gva in enumerate(pages):
             entry, gpa = self._tables.entry(gva), _MMIO_GPA + number * PAGE_SIZE
             frame = self._tables.frame(gva)
             device.pages[gpa] = bytearray(self._memory.read(frame, PAGE_SIZE))
+            device.accesses[gpa] = 0
             self._tables.set_entry(gva, entry - frame + gpa)
         return device
 
@@ -240,9 +242,10 @@ class Testbed:
 
     def _run(self, device: _Device) -> Exit:
         for _ in range(_MAX_EXITS):
+            # Whatever a provider raises is a result: it is what is being tested.
             try:
                 reason = self._backend.run(self._vcpu, self._timeout)
-            except Exception as error:  # noqa: BLE001: it is the provider that is being tested
+            except Exception as error:
                 raise ProviderError(f"KVM_RUN raised {type(error).__name__}: {error}") from error
             if reason is None:
                 raise ProviderError(f"timeout: the guest was still running after {self._timeout:g} s")
@@ -281,6 +284,7 @@ class Testbed:
         return Observed(
             ending, vector, error_code, *frame, regs=regs, sregs=sregs,
             dr6=self._vcpu.get_debugregs().dr6, labels=program.labels, start=start,
+            is_first=case.program.lstrip().startswith(f"{ACCESS}:"),
             memory={gva: self._load(gva, _WORD_BYTES, device) for gva in asked},
         )  # fmt: skip
 

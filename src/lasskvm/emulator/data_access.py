@@ -12,12 +12,13 @@ from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.faults import GuestFault, raise_linear_fault
 from lasskvm.emulator.linearize import linearize, segment_address
 from lasskvm.emulator.mmu import next_linear
+from lasskvm.emulator.modes import in_64bit_mode
 from lasskvm.emulator.watch import watch_hit
-from lasskvm.lass import WRITE
+from lasskvm.lass import STACK, WRITE
 from lasskvm.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, SLOT_READONLY
 from lasskvm.state import CPL, CR0, DR7, RFLAGS
 from lasskvm.x86.exceptions import AC as ALIGNMENT_CHECK
-from lasskvm.x86.registers import CR0_AM, RFLAGS_AC
+from lasskvm.x86.registers import CR0_AM, RFLAGS_AC, SS
 
 __all__ = ["checks_alignment", "load", "load_bytes", "store", "store_bytes", "touch"]
 
@@ -83,15 +84,21 @@ def touch(ctx: Emulation, segment: int, offset: int, size: int, flags: int = 0) 
 def _locate(ctx: Emulation, segment: int, offset: int, size: int, flags: int) -> list[tuple[int, int]]:
     """The guest-physical pieces, one per page, of an access that is allowed."""
     words = ctx.words
-    address = linearize(ctx, segment, offset, size, flags)
-    if size in _ALIGNED_SIZES and address % size and checks_alignment(ctx):
-        raise GuestFault(ALIGNMENT_CHECK, 0)
-    gpa = _translate(ctx, address, min(size, PAGE_SIZE - address % PAGE_SIZE), flags)
-    pieces = [(gpa, size)]
-    if address % PAGE_SIZE + size > PAGE_SIZE:
-        first = PAGE_SIZE - address % PAGE_SIZE
-        rest_gpa = _translate(ctx, next_linear(words, address, first), size - first, flags)
-        pieces = [(gpa, first), (rest_gpa, size - first)]
+    address = segment_address(ctx, segment, offset, size, flags)
+    first = PAGE_SIZE - (address & PAGE_MASK)
+    if size <= first and not (size in _ALIGNED_SIZES and address % size):
+        # Within a page the translation makes the checks of linear addresses, too.
+        if segment == SS and not in_64bit_mode(words):
+            flags |= STACK
+        pieces = [(_translate(ctx, address, size, flags), size)]
+    else:
+        linearize(ctx, segment, offset, size, flags)
+        if size in _ALIGNED_SIZES and address % size and checks_alignment(ctx):
+            raise GuestFault(ALIGNMENT_CHECK, 0)
+        pieces = [(_translate(ctx, address, min(size, first), flags), min(size, first))]
+        if size > first:
+            rest_gpa = _translate(ctx, next_linear(words, address, first), size - first, flags)
+            pieces.append((rest_gpa, size - first))
     if words[DR7] & _DR7_ENABLED:
         ctx.watch_hits |= watch_hit(words, address, size, flags)
     return pieces

@@ -154,6 +154,14 @@ class Interpreter:
             return
         ctx.watch_hits = 0
         start = words[RIP]
+        try:
+            self._run_steps(block, start, end)
+        except GuestFault:
+            self.instructions += 1 + sum(1 for _, distance in block.steps if start + distance <= words[RIP])
+            raise
+
+    def _run_steps(self, block: _Block, start: int, end: int) -> None:
+        ctx, words = self._ctx, self._ctx.words
         while True:
             for run, distance in block.steps:
                 run(ctx)

@@ -9,7 +9,7 @@ from iced_x86 import ConstantOffsets, Decoder, Instruction, OpKind, Register, Re
 
 from lasskvm.fuzz import layout
 from lasskvm.fuzz.case import Case, Mode
-from lasskvm.x86.registers import ES, MASK64
+from lasskvm.x86.registers import ES, MASK32, MASK64
 
 __all__ = ["aim", "pointer"]
 
@@ -64,7 +64,8 @@ def aim(rng: random.Random, case: Case) -> Case:
             registers[_RDI] = _offset(rng, case, segment)
         elif kind == OpKind.MEMORY:
             code = _aim_operand(rng, case, instruction, decoder.get_constant_offsets(instruction), registers)
-    return replace(case, code=code, registers=tuple(registers))
+    mask = MASK64 if case.mode is Mode.LONG64 else MASK32
+    return replace(case, code=code, registers=tuple(value & mask for value in registers))
 
 
 def _offset(rng: random.Random, case: Case, segment: int) -> int:

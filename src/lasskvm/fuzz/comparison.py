@@ -15,7 +15,7 @@ from lasskvm import state as s
 from lasskvm.fuzz import layout
 from lasskvm.fuzz.case import Case
 from lasskvm.fuzz.fpu_registers import names
-from lasskvm.fuzz.paths import EndState
+from lasskvm.fuzz.paths import Ending, EndState
 from lasskvm.fuzz.undefined import undefined_flags
 from lasskvm.state import STATE_WORDS
 from lasskvm.x86.registers import RFLAGS_FIXED
@@ -94,6 +94,9 @@ def _word_differences(first: EndState, second: EndState, undefined: int) -> Iter
     for index in _COMPARED[first.words[_COMPARED] != second.words[_COMPARED]]:
         values = int(first.words[index]), int(second.words[index])
         if index == s.RFLAGS and (values[0] ^ values[1]) & ~undefined == 0:
+            continue
+        if index == s.INTERRUPT_SHADOW and first.ending is second.ending is Ending.SHUTDOWN:
+            # Nothing follows that it could hold back.
             continue
         yield Difference(_WORD_NAMES[int(index)], hex(values[0]), hex(values[1]))
 

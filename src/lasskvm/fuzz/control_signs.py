@@ -18,18 +18,20 @@ from lasskvm.emulator.offered import as_offered, is_offered
 from lasskvm.fuzz import layout
 from lasskvm.fuzz.judging import Mismatch
 from lasskvm.fuzz.mismatch_queries import (
+    SSE,
     Differences,
     any_encoded,
     any_instruction,
     cpuid_of,
     emulator_vector,
+    ends,
     information,
     one_of,
     uses,
     with_bits,
     with_names,
 )
-from lasskvm.x86.exceptions import DB, GP, PF, PF_P, PF_W, SS, UD
+from lasskvm.x86.exceptions import DB, GP, NM, PF, PF_P, PF_W, SS, UD
 from lasskvm.x86.paging import PTE_A, PTE_D
 from lasskvm.x86.registers import CR4_OSFXSR, MASK32, RFLAGS_RF
 
@@ -164,6 +166,50 @@ def has_wide_eip(mismatch: Mismatch) -> Differences:
     if any(difference.name == "rip" for difference in found):
         found += with_names(mismatch, lambda name: name == "ending")
     return tuple(found)
+
+
+def refuses_before_fetch(mismatch: Mismatch) -> bool:
+    """Direct execution has refused the opcode, the emulator has faulted in fetching over a page's end."""
+    vectors = tuple(end.vector(mismatch.case) for end in ends(mismatch))
+    start = layout.code_offset(mismatch.case)
+    end = start + len(mismatch.case.code)
+    crosses = start // layout.PAGE != (end - 1) // layout.PAGE
+    return crosses and vectors[0] in (UD, NM, GP) and vectors[1] in (PF, GP)
+
+
+def has_competing_prefixes(mismatch: Mismatch) -> bool:
+    """66H and REX.W on POPCNT, two of 66H, F2H and F3H on an SSE instruction."""
+
+    def competes(instruction: Instruction, code: bytes) -> bool:
+        prefixes = code[: code.index(_ESCAPE)] if _ESCAPE in code else b""
+        if set(prefixes) >= _REPEAT_PREFIXES and not SSE.isdisjoint(instruction.cpuid_features()):
+            return True
+        if _OPERAND_SIZE_PREFIX not in prefixes:
+            return False
+        if instruction.mnemonic in _WIDE_COUNTS:
+            return any(_REX_FIRST + _REX_W <= prefix <= _REX_LAST for prefix in prefixes)
+        return not _REPEAT_PREFIXES.isdisjoint(prefixes)
+
+    return any_encoded(mismatch, competes)
+
+
+def steps_over_wild_branch(mismatch: Mismatch) -> bool:
+    """A near branch under RFLAGS.TF that the emulator refuses."""
+    vectors = tuple(end.vector(mismatch.case) for end in ends(mismatch))
+    branches = any_instruction(mismatch, lambda instruction: instruction.flow_control in _NEAR_BRANCHES)
+    return mismatch.case.is_stepped and branches and vectors == (DB, GP)
+
+
+def calls_wild_target(mismatch: Mismatch) -> bool:
+    """A near CALL that the emulator refuses, and direct execution has done its push, or faulted there."""
+    vectors = tuple(end.vector(mismatch.case) for end in ends(mismatch))
+    calls = any_instruction(mismatch, lambda instruction: instruction.mnemonic == Mnemonic.CALL)
+    return calls and mismatch.case.mode.bits == 64 and vectors[1] == GP and vectors[0] in (GP, SS, PF)
+
+
+def stores_to_code(mismatch: Mismatch) -> bool:
+    """The code has become another."""
+    return any(difference.region == "code" for difference in mismatch.differences)
 
 
 def has_short_return(mismatch: Mismatch) -> bool:

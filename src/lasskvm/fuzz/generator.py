@@ -271,10 +271,10 @@ def _draw_registers(rng: random.Random, case: Case) -> Case:
         registers[_RCX] = rng.choice(_MSRS)
     if _RDMSR in case.code and registers[_RCX] & MASK32 == _TSC_MSR:
         registers[_RCX] ^= 1
-    if case.mode is not Mode.LONG64 and _chance(rng, 0.9):
-        registers = [value & MASK32 for value in registers[:8]] + registers[8:]
-    case = replace(case, registers=tuple(registers), kernel_gs_base=pointer(rng, case) & MASK64)
-    return aim(rng, case)
+    if case.mode is not Mode.LONG64:
+        # What is in the upper halves outside 64-bit mode is undefined (SDM volume 1, 3.4.1.1).
+        registers = [value & MASK32 for value in registers]
+    return aim(rng, replace(case, registers=tuple(registers), kernel_gs_base=pointer(rng, case)))
 
 
 def _draw_register(rng: random.Random, case: Case) -> int:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from lasskvm.fuzz import layout
 from lasskvm.fuzz.case import Case, Mode, Paging
 from lasskvm.x86 import descriptors as d
-from lasskvm.x86.paging import PTE_A, PTE_P, PTE_U, PTE_W
 from lasskvm.x86.registers import (
     AR_ACCESSED,
     AR_CODE32,
@@ -42,10 +41,10 @@ Image = NDArray[np.uint8]
 #: UD2 and the letters "kvm". It lies in front of every case's code, where only one kind of path starts.
 FORCED_EMULATION_PREFIX = b"\x0f\x0bkvm"
 
-_PARENT = PTE_P | PTE_W | PTE_U
-_KERNEL = PTE_P | PTE_W
+_KERNEL = layout.PAGE_PRESENT | layout.PAGE_WRITABLE
+_PARENT = _KERNEL | layout.PAGE_USER
 #: Some of the tables that lead to pages have been used before.
-_USED_PARENT = _PARENT | PTE_A
+_USED_PARENT = _PARENT | layout.PAGE_ACCESSED
 _IDENTITY_PAGES = layout.MEMORY_BYTES // layout.PAGE
 _TABLE_MASK = ~(layout.PAGE - 1)
 _SHIFTS = {
@@ -292,7 +291,7 @@ class _Tables:
         if self._is_pae:
             # The PDPTE registers are loaded with CR3, so all four tables have to be there.
             for number in range(_PDPTES):
-                _store(image, layout.TABLES_GPA + 8 * number, 8, self._new_table() | PTE_P)
+                _store(image, layout.TABLES_GPA + 8 * number, 8, self._new_table() | layout.PAGE_PRESENT)
 
     def map_layout(self, user_identity: bool) -> None:
         """Map everything but the data pages."""
@@ -320,7 +319,7 @@ class _Tables:
         for level, shift in enumerate(parents):
             slot = self._slot(table, gva, shift)
             entry = _load(self._image, slot, self._entry_bytes)
-            if not entry & PTE_P:
+            if not entry & layout.PAGE_PRESENT:
                 # Of the entries that lead to tables, every other one has been used.
                 flags = _USED_PARENT if (slot // self._entry_bytes + level) % 2 else _PARENT
                 entry = self._new_table() | flags

@@ -81,6 +81,12 @@ KNOWN_DEFECTS: tuple[Defect, ...] = (
         control_signs.names_breakpoints,
     ),
     Defect(
+        "extent of FXSAVE and FXRSTOR",
+        "Whether they access the parts of their 512 bytes that hold nothing is left to the processor; the emulator "
+        "does, at once, the translator does not.",
+        _all_if(operand_signs.restores_less),
+    ),
+    Defect(
         "approximations",
         "RCPPS and RSQRTPS may give any result with a relative error below 1.5 * 2**-12.",
         control_signs.approximated,
@@ -131,6 +137,12 @@ KNOWN_DEFECTS: tuple[Defect, ...] = (
         _all_if(control_signs.steps_over_wild_branch),
     ),
     Defect(
+        "CALL of a target that is not canonical",
+        "The target is checked first. The translator pushes first, which may fault; the fault at the target then "
+        "undoes what it has done to RSP, but not what it has pushed.",
+        _all_if(control_signs.calls_wild_target),
+    ),
+    Defect(
         "stores to the code that is being executed",
         "A read-modify-write of the page it is on is executed again once the page's translations are gone, with the "
         "flags that it has left.",
@@ -159,6 +171,12 @@ KNOWN_DEFECTS: tuple[Defect, ...] = (
         _all_if(operand_signs.is_misaligned),
     ),
     Defect(
+        "#AC behind what switches it on",
+        "Cases with alignment checks are emulated, but direct execution goes on to the end of its block when POPF or "
+        "IRET sets RFLAGS.AC.",
+        _all_if(operand_signs.begins_alignment_checks),
+    ),
+    Defect(
         "unusable data segments",
         "Outside 64-bit mode, direct execution lets accesses through null segments pass; ordinary 32-bit programs have "
         "them in FS and GS, so they are no reason to emulate.",
@@ -171,9 +189,10 @@ KNOWN_DEFECTS: tuple[Defect, ...] = (
         _all_if(operand_signs.passes_segment_end),
     ),
     Defect(
-        "SHLD and SHRD relative to RIP",
-        "With an immediate behind a RIP-relative operand, the translator's address is too low by one.",
-        _all_if(operand_signs.shifts_relative_to_rip),
+        "immediates behind RIP-relative operands",
+        "The translator forgets them in SHLD, SHRD and the second encoding of TEST (F6H and F7H, /1): its address is "
+        "too low by their size.",
+        _all_if(operand_signs.has_immediate_behind_rip_relative),
     ),
     Defect(
         "ENTER",
@@ -244,6 +263,37 @@ KNOWN_DEFECTS: tuple[Defect, ...] = (
         "SSE exceptions",
         "The translator neither sets MXCSR's flags nor raises #XM, and LDMXCSR takes reserved bits.",
         operand_signs.lacks_sse_exceptions,
+    ),
+    Defect(
+        "halves of 16-byte loads",
+        "The translator loads 8 bytes at a time; when the second half faults, the first is in the register.",
+        operand_signs.loads_halves,
+    ),
+    Defect(
+        "choice of a NaN",
+        "Of two NaNs an SSE instruction returns the first; the translator follows x87's rule.",
+        operand_signs.chooses_nan,
+    ),
+    Defect(
+        "horizontal additions of a register to itself",
+        "The translator overwrites the source with the first half of the result.",
+        _all_if(operand_signs.adds_horizontally),
+    ),
+    Defect(
+        "REP with ECX = 0 and 32-bit addresses",
+        "In 64-bit mode Intel processors clear the upper halves of RCX, RSI and RDI (KVM: "
+        "``string_registers_quirk()``); the translator leaves them.",
+        operand_signs.repeats_nothing,
+    ),
+    Defect(
+        "FBSTP",
+        "The translator stores byte by byte, the last one first, and none where the address wraps.",
+        _all_if(operand_signs.stores_decimal),
+    ),
+    Defect(
+        "denormals of MIN and MAX",
+        "With MXCSR.DAZ a denormal operand counts as zero, also as the result; the translator returns it as it is.",
+        operand_signs.keeps_denormals,
     ),
     Defect(
         "x87 and MMX state",

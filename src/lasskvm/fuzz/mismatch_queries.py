@@ -6,7 +6,8 @@ What the predicates of :mod:`lasskvm.fuzz.control_signs` and :mod:`lasskvm.fuzz.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 
 from iced_x86 import (
     CpuidFeature,
@@ -96,7 +97,7 @@ def with_names(mismatch: Mismatch, condition: Callable[[str], bool]) -> Differen
 
 def with_bits(mismatch: Mismatch, bit: int, regions: Callable[[str], bool]) -> Differences:
     """The differences in *regions* that consist of *bit*, wherever in a word of memory it can be."""
-    bits = sum(bit << shift for shift in _SHIFTS)
+    bits = reduce(or_, (bit << shift for shift in _SHIFTS))
     return tuple(
         difference
         for difference in with_names(mismatch, regions)

@@ -16,6 +16,7 @@ from iced_x86 import (
 )
 
 from lasskvm.fuzz.fpu_registers import names as fpu_names
+from lasskvm.fuzz.fpu_registers import start_fpu
 from lasskvm.fuzz.judging import Mismatch
 from lasskvm.fuzz.mismatch_queries import (
     SSE,
@@ -29,8 +30,9 @@ from lasskvm.fuzz.mismatch_queries import (
     with_bits,
     with_names,
 )
-from lasskvm.x86.exceptions import GP, MF, PF, SS, XM
-from lasskvm.x86.registers import AR_UNUSABLE, RFLAGS_ARITHMETIC, RFLAGS_RF
+from lasskvm.x86.exceptions import AC, GP, MF, PF, SS, XM
+from lasskvm.x86.fpu import MXCSR_DAZ
+from lasskvm.x86.registers import AR_UNUSABLE, MASK32, RFLAGS_AC, RFLAGS_ARITHMETIC, RFLAGS_RF
 
 _REX_FIRST, _REX_W, _REX_LAST = 0x40, 0x08, 0x4F
 #: CS, DS, ES and SS. Behind as many bytes there are no prefixes any more, most of the time.
@@ -40,8 +42,25 @@ _DOUBLEWORD_BYTES, _QUADWORD_BYTES, _WIDE_BYTES = 4, 8, 16
 _PORT_STRINGS = frozenset(
     (Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD)
 )
+#: Bits of RFLAGS that are always 0.
+_RESERVED_FLAGS = 0x8028
 _PUSH_ALL = frozenset((Mnemonic.PUSHA, Mnemonic.PUSHAD, Mnemonic.POPA, Mnemonic.POPAD))
 _PUSH_FLAGS = frozenset((Mnemonic.PUSHF, Mnemonic.PUSHFD, Mnemonic.PUSHFQ))
+_HORIZONTAL = frozenset(
+    (
+        Mnemonic.PHADDW, Mnemonic.PHADDD, Mnemonic.PHADDSW, Mnemonic.PHSUBW, Mnemonic.PHSUBD, Mnemonic.PHSUBSW,
+        Mnemonic.HADDPS, Mnemonic.HADDPD, Mnemonic.HSUBPS, Mnemonic.HSUBPD,
+    )
+)  # fmt: skip
+_FX_AREAS = frozenset((Mnemonic.FXSAVE, Mnemonic.FXSAVE64, Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64))
+#: Floating-point formats: bits, and the magnitude of infinity, above which there are NaNs.
+_FLOATS = ((32, 0x7F80_0000), (64, 0x7FF0 << 48))
+_EXTREMA = frozenset(
+    (
+        Mnemonic.MINPS, Mnemonic.MINPD, Mnemonic.MINSS, Mnemonic.MINSD, Mnemonic.MAXPS, Mnemonic.MAXPD,
+        Mnemonic.MAXSS, Mnemonic.MAXSD,
+    )
+)  # fmt: skip
 _TEXT_COMPARISONS = frozenset(
     (
         Mnemonic.PCMPESTRI, Mnemonic.PCMPESTRM, Mnemonic.PCMPISTRI, Mnemonic.PCMPISTRM, Mnemonic.PCMPESTRI64,
@@ -50,7 +69,8 @@ _TEXT_COMPARISONS = frozenset(
 )  # fmt: skip
 _FAR_POINTER_LOADS = frozenset((Mnemonic.LSS, Mnemonic.LFS, Mnemonic.LGS))
 _FLAG_TRANSFERS = frozenset((Mnemonic.LAHF, Mnemonic.SAHF))
-_DOUBLE_SHIFTS = frozenset((Mnemonic.SHLD, Mnemonic.SHRD))
+_FORGOTTEN_IMMEDIATES = frozenset((Mnemonic.SHLD, Mnemonic.SHRD, Mnemonic.TEST))
+_IMMEDIATES = frozenset((OpKind.IMMEDIATE8, OpKind.IMMEDIATE16, OpKind.IMMEDIATE32, OpKind.IMMEDIATE32TO64))
 _X87 = frozenset(
     (CpuidFeature.FPU, CpuidFeature.FPU287, CpuidFeature.FPU387, CpuidFeature.MMX, CpuidFeature.FXSR)
 )
@@ -68,7 +88,7 @@ def is_misaligned(mismatch: Mismatch) -> bool:
         size = MemorySizeInfo(instruction.memory_size).size
         return size == _WIDE_BYTES and not SSE.isdisjoint(instruction.cpuid_features())
 
-    return emulator_vector(mismatch) == GP and any_instruction(mismatch, has_wide_operand)
+    return emulator_vector(mismatch) in (GP, None) and any_instruction(mismatch, has_wide_operand)
 
 
 def has_unusable_segment(mismatch: Mismatch) -> bool:
@@ -94,16 +114,21 @@ def passes_segment_end(mismatch: Mismatch) -> bool:
     return any_instruction(mismatch, lambda instruction: bool(information.info(instruction).used_memory()))
 
 
-def shifts_relative_to_rip(mismatch: Mismatch) -> bool:
-    """A double shift by an immediate, of a RIP-relative operand."""
+def has_immediate_behind_rip_relative(mismatch: Mismatch) -> bool:
+    """SHLD, SHRD or TEST of a RIP-relative operand and an immediate."""
     return any_instruction(
         mismatch,
         lambda instruction: (
-            instruction.mnemonic in _DOUBLE_SHIFTS
+            instruction.mnemonic in _FORGOTTEN_IMMEDIATES
             and instruction.is_ip_rel_memory_operand
-            and instruction.op2_kind == OpKind.IMMEDIATE8
+            and any(instruction.op_kind(number) in _IMMEDIATES for number in range(instruction.op_count))
         ),
     )
+
+
+def begins_alignment_checks(mismatch: Mismatch) -> bool:
+    """The emulator has raised #AC, which RFLAGS.AC did not ask for at the start."""
+    return emulator_vector(mismatch) == AC and not mismatch.case.rflags & RFLAGS_AC
 
 
 def enters(mismatch: Mismatch) -> bool:
@@ -141,7 +166,7 @@ def lost_flags(mismatch: Mismatch) -> Differences:
         return ()
     return with_bits(
         mismatch,
-        RFLAGS_ARITHMETIC,
+        RFLAGS_ARITHMETIC | _RESERVED_FLAGS,
         lambda region: region == "rflags" or "stack" in region or "page" in region,
     )
 
@@ -172,6 +197,75 @@ def exchanges_register(mismatch: Mismatch) -> bool:
     )
 
 
+def loads_halves(mismatch: Mismatch) -> Differences:
+    """XMM registers, where both paths have refused a load of 16 bytes."""
+    first, second = mismatch.vectors()
+    if first != second or first not in (PF, GP, SS) or not uses(mismatch, SSE):
+        return ()
+    return with_names(mismatch, lambda name: name.startswith("xmm"))
+
+
+def chooses_nan(mismatch: Mismatch) -> Differences:
+    """XMM registers that differ in elements which are NaNs on both paths."""
+    if not uses(mismatch, SSE):
+        return ()
+    return tuple(
+        difference
+        for difference in with_names(mismatch, lambda name: name.startswith("xmm"))
+        if any(
+            _differs_in_nans(int(difference.first, 0), int(difference.second, 0), *kind) for kind in _FLOATS
+        )
+    )
+
+
+def _differs_in_nans(first: int, second: int, bits: int, infinity: int) -> bool:
+    """Whether all elements of *bits* bits that differ are NaNs: above *infinity*, the sign aside."""
+    magnitude = (1 << bits - 1) - 1
+    elements = ((first >> shift, second >> shift) for shift in range(0, 8 * _WIDE_BYTES, bits))
+    return all(
+        (one ^ other) & (1 << bits) - 1 == 0 or min(one & magnitude, other & magnitude) > infinity
+        for one, other in elements
+    )
+
+
+def adds_horizontally(mismatch: Mismatch) -> bool:
+    """PHADDW and its kin with the same register twice."""
+    return any_instruction(
+        mismatch,
+        lambda instruction: (
+            instruction.mnemonic in _HORIZONTAL
+            and instruction.op1_kind == OpKind.REGISTER
+            and instruction.op0_register == instruction.op1_register
+        ),
+    )
+
+
+def stores_decimal(mismatch: Mismatch) -> bool:
+    """FBSTP."""
+    return one_of(mismatch, frozenset((Mnemonic.FBSTP,)))
+
+
+def restores_less(mismatch: Mismatch) -> bool:
+    """FXSAVE or FXRSTOR, and the emulator has met a fault."""
+    return (
+        uses(mismatch, frozenset((CpuidFeature.FXSR,)))
+        and emulator_vector(mismatch) in (PF, GP, SS)
+        and one_of(mismatch, _FX_AREAS)
+    )
+
+
+def repeats_nothing(mismatch: Mismatch) -> Differences:
+    """The upper halves of RCX, RSI and RDI, and a repeated string instruction with 32-bit addresses."""
+    repeats = any_instruction(mismatch, lambda part: part.has_rep_prefix or part.has_repne_prefix)
+    if not repeats or mismatch.case.mode.bits != 64:
+        return ()
+    return tuple(
+        difference
+        for difference in with_names(mismatch, lambda name: name in ("rcx", "rsi", "rdi"))
+        if int(difference.first, 0) & MASK32 == int(difference.second, 0) & MASK32
+    )
+
+
 def reads_too_much(mismatch: Mismatch) -> bool:
     """CVTPS2PD of memory."""
     return any_instruction(
@@ -180,6 +274,13 @@ def reads_too_much(mismatch: Mismatch) -> bool:
             instruction.mnemonic == Mnemonic.CVTPS2PD and instruction.op1_kind == OpKind.MEMORY
         ),
     )
+
+
+def keeps_denormals(mismatch: Mismatch) -> Differences:
+    """XMM registers, and a minimum or maximum, with MXCSR.DAZ."""
+    if not start_fpu(mismatch.case.data_seed).mxcsr & MXCSR_DAZ or not one_of(mismatch, _EXTREMA):
+        return ()
+    return with_names(mismatch, lambda name: name.startswith("xmm"))
 
 
 def compares_text(mismatch: Mismatch) -> bool:

@@ -102,7 +102,10 @@ def restore_vm(vm: Vm, document: Document) -> None:
     vm.memory.table[TABLE_CODE_STORES:] = document["code_stores"]
     if document["msr_filter"] is not None:
         ranges, default_allow = document["msr_filter"]
-        wanted = [MsrFilterRange(*bounds, bytes.fromhex(bitmap), *which) for bounds, bitmap, which in ranges]
+        wanted = [
+            MsrFilterRange(base, nmsrs, bytes.fromhex(bitmap), read, write)
+            for base, nmsrs, bitmap, read, write in ranges
+        ]
         vm.set_msr_filter(wanted, default_allow=default_allow)
     if vm.pic is not None:
         vm.pic.set_state(document["pic"])
@@ -140,7 +143,7 @@ def _msr_filter_document(vm: Vm) -> list[object] | None:
     if vm.msr_filter is None:
         return None
     ranges = [
-        ((wanted.base, wanted.nmsrs), wanted.bitmap.hex(), (wanted.read, wanted.write))
+        (wanted.base, wanted.nmsrs, wanted.bitmap.hex(), wanted.read, wanted.write)
         for wanted in vm.msr_filter.ranges
     ]
     return [ranges, vm.msr_filter.default_allow]

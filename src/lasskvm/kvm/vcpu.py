@@ -1,51 +1,40 @@
 """A virtual processor: the run loop; KVM's vCPU file descriptor.
 
 :meth:`Vcpu.run` is ``KVM_RUN``: it enters direct execution again and again, deals with what KVM would deal with in the
-kernel (:mod:`lasskvm.kvm.exit_handlers`), injects events, and returns what only the VMM can answer. The vCPU's state,
-which the other ioctls get and set, is in :mod:`lasskvm.kvm.vcpu_state`.
+kernel (:mod:`lasskvm.kvm.exit_handlers`), injects events, and returns what only the VMM can answer
+(:mod:`lasskvm.kvm.vcpu_exits`). The vCPU's state, which the other ioctls get and set, is in
+:mod:`lasskvm.kvm.vcpu_state`.
 """
 
 from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
-from lasskvm.emulator import port_io
-from lasskvm.emulator.completion import complete
-from lasskvm.emulator.decode import fetch_instruction
 from lasskvm.emulator.events import Event, EventKind, deliver_event
-from lasskvm.emulator.execution import deliver_fault, emulate_instruction
-from lasskvm.emulator.faults import DebugReport, GuestFault, TripleFault, Unhandleable
-from lasskvm.emulator.instructions.registers import finish_rdmsr
-from lasskvm.emulator.linearize import linear_address
+from lasskvm.emulator.execution import emulate_instruction
+from lasskvm.emulator.faults import DebugReport, TripleFault, Unhandleable
 from lasskvm.emulator.mmio import MmioReadNeeded
 from lasskvm.emulator.msrs import MsrAccessNeeded, guest_tsc
-from lasskvm.emulator.port_io import PortAccess, PortAccessNeeded
+from lasskvm.emulator.port_io import PortAccessNeeded
 from lasskvm.engine import context as c
 from lasskvm.engine.engine import EngineExit
 from lasskvm.kvm.clock import NANOSECONDS_PER_BLOCK, VirtualClock
 from lasskvm.kvm.emulation_required import emulation_required
-from lasskvm.kvm.events import EntryFailed, QueuedException
+from lasskvm.kvm.events import EntryFailed
 from lasskvm.kvm.exit_handlers import handle_exit
 from lasskvm.kvm.exits import (
-    DebugExit,
     Exit,
     FailEntryExit,
     HltExit,
-    InternalErrorExit,
     IntrExit,
-    IoExit,
-    MmioExit,
-    MsrExit,
     ShutdownExit,
 )
-from lasskvm.kvm.vcpu_state import StatefulVcpu
-from lasskvm.state import INTERRUPT_SHADOW, NMI_BLOCKED, RFLAGS, RIP, TLB_FLUSH
-from lasskvm.x86.exceptions import BP, DB, GP, NMI
-from lasskvm.x86.registers import CS, DR6_BS, DR6_FIXED, RFLAGS_IF
+from lasskvm.kvm.vcpu_exits import ReportingVcpu
+from lasskvm.state import INTERRUPT_SHADOW, NMI_BLOCKED, RFLAGS, TLB_FLUSH
+from lasskvm.x86.exceptions import NMI
+from lasskvm.x86.registers import RFLAGS_IF
 
 if TYPE_CHECKING:
     from lasskvm.kvm.vm import Vm
@@ -69,7 +58,7 @@ CHECKPOINT_NS = 100_000_000
 _INT3_BYTES = 1
 
 
-class Vcpu(StatefulVcpu):
+class Vcpu(ReportingVcpu):
     """The vCPU of a :class:`~lasskvm.kvm.vm.Vm`; made by ``Vm.create_vcpu()``."""
 
     def __init__(self, vm: Vm) -> None:
@@ -77,10 +66,6 @@ class Vcpu(StatefulVcpu):
         self.immediate_exit = False
         #: Whether the emulator ran last: the two paths keep translations of their own.
         self._interpreted = False
-        #: What to do with the VMM's answer to the last exit, before the guest goes on.
-        self._complete_userspace_io: Callable[[], None] | None = None
-        #: An instruction has been single-stepped, and the VMM has not heard of it yet.
-        self._stepped = False
         #: What the engine's deadline and time stamp were computed from.
         self._programmed: tuple[int | None, int, int, int, int] | None = None
         self._closed = False
@@ -103,17 +88,10 @@ class Vcpu(StatefulVcpu):
         direct = {} if self._engine is None else self._engine.counters()
         return {**direct, "interpreted_instructions": self.interpreter.instructions}
 
-    @property
-    def is_amid_instruction(self) -> bool:
-        """Whether the instruction of the last exit is not complete yet: the next run takes the VMM's answer."""
-        return self._complete_userspace_io is not None or bool(self.emulation.mmio.writes)
-
     def reset(self) -> None:
         """The state after INIT: registers as at power-on, nothing pending. CPUID and the time-stamp counter stay."""
         self.state.reset()
-        self._complete_userspace_io = None
-        self._stepped = False
-        self.emulation.mmio.writes.clear()
+        self.drop_last_exit()
         self.events.clear()
         self.emulation.halted = False
 
@@ -143,10 +121,7 @@ class Vcpu(StatefulVcpu):
         self.at_checkpoint = False
         self.debugger.enter()
         try:
-            finish, self._complete_userspace_io = self._complete_userspace_io, None
-            if finish is not None:
-                finish()
-                self._stepped = self.debugger.singlestep
+            self._take_answer()
             return self._run()
         except PortAccessNeeded as needed:
             return self._port_exit(needed.access)
@@ -167,6 +142,7 @@ class Vcpu(StatefulVcpu):
 
     def _run(self) -> Exit:
         virtual = isinstance(self.vm.clock, VirtualClock)
+        is_late = self._checkpoint_is_due()
         slice_end = self._slice_end()
         interpreted_end = self.interpreter.blocks + _SLICE_INTERPRETED_BLOCKS
         if self.vm.engine == "jit":
@@ -179,6 +155,8 @@ class Vcpu(StatefulVcpu):
                 return self._step_exit()
             if self.immediate_exit:
                 return IntrExit()
+            if is_late:
+                return self._end_of_slice()
             self.vm.clock.run_due()
             wanted = self._inject_events()
             if self.emulation.halted:
@@ -212,12 +190,15 @@ class Vcpu(StatefulVcpu):
         At a checkpoint every cache is empty that a vCPU loaded from a snapshot has to start without, so that the two
         go on alike: a translation that the guest has not asked to be forgotten is forgotten at the same time.
         """
-        clock = self.vm.clock
-        if isinstance(clock, VirtualClock) and clock.now() >= self.next_checkpoint_ns:
-            self.next_checkpoint_ns = (clock.now() // CHECKPOINT_NS + 1) * CHECKPOINT_NS
+        if self._checkpoint_is_due():
+            self.next_checkpoint_ns = (self.vm.clock.now() // CHECKPOINT_NS + 1) * CHECKPOINT_NS
             self.forget_caches()
             self.at_checkpoint = True
         return IntrExit()
+
+    def _checkpoint_is_due(self) -> bool:
+        clock = self.vm.clock
+        return isinstance(clock, VirtualClock) and clock.now() >= self.next_checkpoint_ns
 
     def _interpreted_blocks_at(self, slice_end: int) -> int:
         """The interpreter's count of blocks at the end of a slice, if it runs until then."""
@@ -268,7 +249,7 @@ class Vcpu(StatefulVcpu):
             self.debugger.note_dr6()
         engine_exit = engine.run()
         if engine_exit.reason == c.EXIT_PORT_IO:
-            self._begin_port_io()
+            emulate_instruction(self.emulation)
         elif engine_exit.reason not in (c.EXIT_STOPPED, c.EXIT_INTERRUPT_WINDOW):
             handle_exit(self, engine_exit)
 
@@ -333,90 +314,10 @@ class Vcpu(StatefulVcpu):
         deadline = clock.next_deadline()
         if not isinstance(clock, VirtualClock) or deadline is None:
             return IntrExit(idle=True, idle_until_ns=deadline)
-        if clock.now() >= self.next_checkpoint_ns or skips >= _IDLE_SKIPS:
+        if self._checkpoint_is_due() or skips >= _IDLE_SKIPS:
             return self._end_of_slice()
         clock.skip_to(deadline)
         return None
-
-    # ------------------------------------------------------------------------------------------- port I/O and MMIO
-
-    def _begin_port_io(self) -> None:
-        """The port instruction at RIP has left direct execution, which has checked its permission."""
-        try:
-            access = port_io.begin(self.emulation)
-        except GuestFault as fault:
-            deliver_fault(self.emulation, fault)
-        else:
-            raise PortAccessNeeded(access)
-
-    def _port_exit(self, access: PortAccess) -> IoExit:
-        ones = (1 << 8 * access.size) - 1
-        io_exit = IoExit(access.port, access.size, access.write, access.value if access.write else ones)
-        self._complete_userspace_io = partial(self._finish_port_io, access, io_exit)
-        return io_exit
-
-    def _finish_port_io(self, access: PortAccess, io_exit: IoExit) -> None:
-        """Take the VMM's answer. A repeated instruction that is not done yet is executed again for its next element."""
-        try:
-            if port_io.finish_element(self.emulation, access, io_exit.data):
-                complete(self.emulation, access.decoded)
-        except GuestFault as fault:
-            deliver_fault(self.emulation, fault)
-
-    def _mmio_read_exit(self, needed: MmioReadNeeded) -> MmioExit:
-        ones = (1 << 8 * needed.size) - 1
-        mmio_exit = MmioExit(needed.gpa, needed.size, write=False, data=ones)
-        self._complete_userspace_io = partial(self._finish_mmio_read, mmio_exit)
-        return mmio_exit
-
-    def _finish_mmio_read(self, mmio_exit: MmioExit) -> None:
-        """Take the VMM's answer, and execute the instruction at RIP once more with it."""
-        self.emulation.mmio.answer(mmio_exit.data & (1 << 8 * mmio_exit.size) - 1)
-        emulate_instruction(self.emulation)
-
-    def _mmio_write_exit(self) -> MmioExit:
-        write = self.emulation.mmio.writes.pop(0)
-        return MmioExit(write.gpa, write.size, write=True, data=write.value)
-
-    # ------------------------------------------------------------------------------------------------- other exits
-
-    def _msr_exit(self, needed: MsrAccessNeeded) -> MsrExit:
-        msr_exit = MsrExit(needed.index, needed.value is not None, needed.value or 0)
-        self._complete_userspace_io = partial(self._finish_msr_access, needed, msr_exit)
-        return msr_exit
-
-    def _finish_msr_access(self, needed: MsrAccessNeeded, msr_exit: MsrExit) -> None:
-        """Take the VMM's answer; its refusal is a #GP(0) for the next entry (``complete_fast_msr()``)."""
-        if msr_exit.error:
-            self.events.queue_exception(QueuedException(GP, error_code=0))
-            return
-        try:
-            if needed.value is None:
-                finish_rdmsr(self.emulation, needed.decoded, msr_exit.data)
-            else:
-                complete(self.emulation, needed.decoded)
-        except GuestFault as fault:
-            deliver_fault(self.emulation, fault)
-
-    def _step_exit(self) -> Exit:
-        self._stepped = False
-        return self._debug_exit(DebugReport(DB, DR6_BS | DR6_FIXED))
-
-    def _debug_exit(self, report: DebugReport) -> DebugExit:
-        words = self.state.words
-        self.events.instruction_length = _INT3_BYTES if report.vector == BP else 0
-        pc = linear_address(words, CS, words[RIP])
-        return DebugExit(report.vector, pc, report.dr6, self.debugger.dr7)
-
-    def _internal_error(self, detail: str) -> InternalErrorExit:
-        words = self.state.words
-        try:
-            code = fetch_instruction(self.emulation)
-        except GuestFault:
-            return InternalErrorExit(detail)
-        place = self.translate(linear_address(words, CS, words[RIP]))
-        instruction = self.vm.memory.read(place.physical_address, code.length) if place.valid else b""
-        return InternalErrorExit(detail, instruction=instruction)
 
     def run_until(self, linear: int) -> EngineExit:
         """Direct execution up to the instruction at *linear*, for the handling of an exit."""

@@ -331,7 +331,10 @@ class StatefulVcpu:
         self.emulation.debugger = self.debugger if self.debugger.is_active else None
 
     def translate(self, gva: int) -> Translation:
-        """``KVM_TRANSLATE``: where linear *gva* is mapped to, for a supervisor read that neither SMAP nor LASS stops."""
+        """``KVM_TRANSLATE``: where linear *gva* is mapped to, for a supervisor read with RFLAGS.AC set.
+
+        So neither SMAP nor LASS hides what is mapped.
+        """
         gpa, _, vector, _ = translate(self.state.words, self.vm.memory, gva, 1, 0, 0, RFLAGS_AC)
         return Translation(0 if vector else gpa, valid=not vector)
 

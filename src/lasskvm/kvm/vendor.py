@@ -1,8 +1,8 @@
 """Vendor operations: what differs between processors of Intel and of AMD; KVM's ``struct kvm_x86_ops``.
 
-KVM has one such table for each module, ``kvm_intel`` and ``kvm_amd``; here the vendor in the guest's CPUID chooses. LASS
-is Intel's: its operation is optional, and AMD's table has none, so a guest with an AMD processor is not offered LASS,
-whatever its CPUID entries say. How the operation reaches instructions is told in ``docs/adr/0007-vendor-ops.md``.
+KVM has one such table for each module, ``kvm_intel`` and ``kvm_amd``; here the vendor in the guest's CPUID chooses.
+LASS is Intel's: its operation is optional, and AMD's table has none, so a guest with an AMD processor is not offered
+LASS, whatever its CPUID entries say. ``docs/adr/0007-vendor-ops.md`` tells how the operation reaches instructions.
 """
 
 from __future__ import annotations

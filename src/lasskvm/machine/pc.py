@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from pathlib import Path
+from typing import Self
 
-from lasskvm.errors import MemoryLayoutError
+from lasskvm.errors import MemoryLayoutError, SnapshotError
 from lasskvm.kvm import (
     Clock,
     ExecutionEngine,
@@ -26,9 +28,12 @@ from lasskvm.kvm import (
     PortBus,
     PortDevice,
     ShutdownExit,
+    Vm,
 )
-from lasskvm.kvm.exits import FailEntryExit, SystemEventExit, UnknownExit
+from lasskvm.kvm.exits import Exit, FailEntryExit, SystemEventExit, UnknownExit
 from lasskvm.kvm.providers import Provider
+from lasskvm.kvm.snapshot import Document, open_snapshot
+from lasskvm.kvm.snapshot_state import restore_vm, saved_clock
 from lasskvm.machine.boot import LongModeEntry
 from lasskvm.machine.devices import COM1_IRQ, RTC_IRQ
 from lasskvm.machine.devices.debug_console import DebugConsole
@@ -40,7 +45,8 @@ from lasskvm.machine.devices.program_status import ProgramStatus
 from lasskvm.machine.devices.rtc import Rtc
 from lasskvm.machine.devices.uart16550 import Uart16550
 from lasskvm.machine.provider import open_board
-from lasskvm.x86.cpu_models import CpuModel
+from lasskvm.machine.snapshot import device_states, machine_of, restore_devices, save_machine
+from lasskvm.x86.cpu_models import CpuModel, parse_cpu
 
 __all__ = ["End", "Ending", "Pc"]
 
@@ -67,6 +73,7 @@ class End(Enum):
     INTERNAL_ERROR = "the guest executed something that cannot be executed"
     TIMEOUT = "the time limit was reached"
     STOPPED = "the run was stopped from the console"
+    SAVED = "the machine was saved"
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ class Ending:
 #: Exit statuses, beside those that the guest chooses itself.
 STATUS_CRASHED = 1
 STATUS_TIMEOUT = 124
+#: What a machine can be saved behind.
+_RESUMABLE = (End.TIMEOUT, End.STOPPED, End.SAVED)
 
 
 class Pc:
@@ -125,6 +134,8 @@ class Pc:
         self._ending: Ending | None = None
         self._exits_since_turn = 0
         self._last_turn_ns = 0
+        #: Where and at what time of its clock the machine is to be saved.
+        self._save_at: tuple[Path, int] | None = None
         low = min(memory_size, LOW_MEMORY_END)
         self.vm.set_user_memory_region(_LOW_SLOT, 0, self.vm.allocate(low))
         if memory_size > low:
@@ -133,18 +144,54 @@ class Pc:
         self.vm.create_pit2()
         self.vcpu = self._board.create_vcpu(cpu)
         self.uart = Uart16550(partial(self.vm.irq_line, COM1_IRQ), output)
-        for device in (self.uart, Rtc(self.clock, partial(self.vm.irq_line, RTC_IRQ)), PostPort()):
+        devices: dict[str, PortDevice] = {
+            "uart": self.uart,
+            "rtc": Rtc(self.clock, partial(self.vm.irq_line, RTC_IRQ)),
+            "post_port": PostPort(),
+        }
+        slow_devices: dict[str, PortDevice] = {
+            "debug_console": DebugConsole(output),
+            "debug_exit": DebugExit(self._debug_exit),
+            "program_status": ProgramStatus(self._program_ended),
+            "i8042": I8042(self._reset),
+            "port92": Port92(self._reset),
+        }
+        for device in devices.values():
             self._board.ports.register(device)
+        for device in slow_devices.values():
+            self._slow_ports.register(device)
         self._board.connect_console(self.uart)
-        self._slow_devices: tuple[PortDevice, ...] = (
-            DebugConsole(output),
-            DebugExit(self._debug_exit),
-            ProgramStatus(self._program_ended),
-            I8042(self._reset),
-            Port92(self._reset),
-        )
-        for slow_device in self._slow_devices:
-            self._slow_ports.register(slow_device)
+        self._devices = devices | slow_devices
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        output: Callable[[bytes], None],
+        idle: Callable[[int | None], None] | None = None,
+    ) -> Self:
+        """The PC in the snapshot file *path*, on the soft provider, with the engine and kind of clock it had.
+
+        Raises :class:`SnapshotError` for a file that is no snapshot of a PC, damaged, cut off or of a newer version.
+        """
+        path = Path(path)
+        with open_snapshot(path) as snapshot:
+            machine, vm_document = machine_of(snapshot.document, path), snapshot.document["vm"]
+            pc = cls(
+                machine["memory_size"],
+                # The CPUID that the vCPU had follows with its state.
+                parse_cpu("max"),
+                output=output,
+                idle=idle,
+                clock=saved_clock(vm_document),
+                engine=vm_document["engine"],
+            )
+            assert isinstance(pc.vm, Vm)
+            snapshot.load_memory(pc.vm.memory)
+            restore_vm(pc.vm, vm_document)
+            pc._restore(machine)
+        return pc
 
     def enter(self, entry: LongModeEntry) -> None:
         """Put the processor at the first instruction of a loaded image."""
@@ -169,26 +216,71 @@ class Pc:
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._ending is None:
             vm_exit = self._board.run()
-            match vm_exit:
-                case IoExit():
-                    self._port_io(vm_exit)
-                    self._turn_when_due(deadline)
-                case MmioExit():
-                    # Nobody answers: what is read stays all ones, what is written is dropped.
-                    self._turn_when_due(deadline)
-                case IntrExit():
-                    self._take_a_turn(vm_exit, deadline)
-                case HltExit():
-                    self._ending = Ending(End.HALTED, 0)
-                case ShutdownExit():
-                    self._ending = Ending(End.TRIPLE_FAULT, STATUS_CRASHED, self._where())
-                case InternalErrorExit():
-                    self._ending = Ending(End.INTERNAL_ERROR, STATUS_CRASHED, _describe(vm_exit))
-                case SystemEventExit():
-                    self._reset()
-                case FailEntryExit() | UnknownExit():
-                    self._ending = Ending(End.INTERNAL_ERROR, STATUS_CRASHED, f"{vm_exit} at {self._where()}")
+            if isinstance(vm_exit, IntrExit):
+                self._take_a_turn(vm_exit, deadline)
+                continue
+            self._answer(vm_exit)
+            if isinstance(vm_exit, IoExit | MmioExit):
+                self._turn_when_due(deadline)
         return self._ending
+
+    def _answer(self, vm_exit: Exit) -> None:
+        match vm_exit:
+            case IoExit():
+                self._port_io(vm_exit)
+            case MmioExit():
+                # Nobody answers: what is read stays all ones, what is written is dropped.
+                pass
+            case HltExit():
+                self._ending = Ending(End.HALTED, 0)
+            case ShutdownExit():
+                self._ending = Ending(End.TRIPLE_FAULT, STATUS_CRASHED, self._where())
+            case InternalErrorExit():
+                self._ending = Ending(End.INTERNAL_ERROR, STATUS_CRASHED, _describe(vm_exit))
+            case SystemEventExit():
+                self._reset()
+            case FailEntryExit() | UnknownExit():
+                self._ending = Ending(End.INTERNAL_ERROR, STATUS_CRASHED, f"{vm_exit} at {self._where()}")
+
+    def save_at(self, path: Path | str, guest_ns: int) -> None:
+        """Save the machine to *path*, and end the run, at the first checkpoint from *guest_ns* on, of its clock.
+
+        It goes on from there exactly as it would have without being saved.
+        """
+        self._save_at = Path(path), guest_ns
+
+    def save(self, path: Path | str) -> None:
+        """Write the machine to the snapshot file *path*, which is replaced at once or not at all.
+
+        To be called before a run, or behind one that was stopped or that the time limit has ended. Raises
+        :class:`SnapshotError` when the machine has ended otherwise, on /dev/kvm, or when the file cannot be written.
+        """
+        ending, self._ending = self._ending, None
+        if isinstance(self.vm, Vm):
+            self._complete_last_exit()
+        self._ending = self._ending or ending
+        if self._ending is not None and self._ending.end not in _RESUMABLE:
+            raise SnapshotError(f"the machine cannot be saved, it is at its end: {self._ending.end.value}")
+        machine = {
+            "memory_size": sum(slot.size for slot in self.vm.memory),
+            "devices": device_states(self._devices),
+            "exits_since_turn": self._exits_since_turn,
+            "last_turn_ns": self._last_turn_ns,
+        }
+        save_machine(self.vm, Path(path), machine)
+
+    def _complete_last_exit(self) -> None:
+        """Let the instruction that the last exit belongs to come to its end, and nothing else happen."""
+        self.vcpu.immediate_exit = True
+        try:
+            while self._ending is None and not isinstance(vm_exit := self.vcpu.run(), IntrExit):
+                self._answer(vm_exit)
+        finally:
+            self.vcpu.immediate_exit = False
+
+    def _restore(self, machine: Document) -> None:
+        restore_devices(self._devices, machine["devices"])
+        self._exits_since_turn, self._last_turn_ns = machine["exits_since_turn"], machine["last_turn_ns"]
 
     def stop(self) -> None:
         """End the run at the next occasion; for a console."""
@@ -219,6 +311,10 @@ class Pc:
         self._exits_since_turn = 0
         self._last_turn_ns = self.clock.now()
         if self._ending is not None:
+            return
+        if self._save_at is not None and self.clock.now() >= self._save_at[1] and self._board.at_checkpoint:
+            self.save(self._save_at[0])
+            self._ending = Ending(End.SAVED, 0)
             return
         if deadline is not None and time.monotonic() >= deadline:
             self._ending = Ending(End.TIMEOUT, STATUS_TIMEOUT, self._where())

@@ -46,6 +46,10 @@ class Board(Protocol):
     def connect_console(self, uart: Uart16550) -> None:
         """Tell of the console, which is on the bus already."""
 
+    @property
+    def at_checkpoint(self) -> bool:
+        """Whether the last run ended where saving the machine changes nothing."""
+
     def run(self) -> Exit:
         """Run the vCPU until it needs the machine."""
 
@@ -92,6 +96,11 @@ class SoftBoard:
         """Have output to *uart* collected and handed over without exits."""
         self._vm.transmitter = uart
 
+    @property
+    def at_checkpoint(self) -> bool:
+        """Whether the last run ended at a checkpoint of the deterministic clock, or the clock is the host's."""
+        return self._vcpu.at_checkpoint or isinstance(self.clock, HostClock)
+
     def run(self) -> Exit:
         """Run the vCPU; it deals with the timers by itself."""
         return self._vcpu.run()
@@ -135,6 +144,11 @@ class HostBoard:
 
     def connect_console(self, uart: Uart16550) -> None:
         """Nothing: the kernel reports each byte."""
+
+    @property
+    def at_checkpoint(self) -> bool:
+        """Never: these machines are not saved."""
+        return False
 
     def run(self) -> Exit:
         """Run due timers, then the vCPU, until the next of them at the latest."""

@@ -6,6 +6,8 @@ Each row says what the manual says: first for CR4.LASS = 1, then for CR4.LASS = 
 
 from __future__ import annotations
 
+from typing import Any
+
 from lasskvm.conformance.case import Case, Effect, Expected, completes, gp, pf
 from lasskvm.conformance.cases.common import HIGH_SUPERVISOR, HIGH_USER, LOW_SUPERVISOR, LOW_USER, PAGES
 from lasskvm.x86.exceptions import PF_P, PF_U, PF_W
@@ -117,7 +119,12 @@ def _sizes() -> list[Case]:
 def _after_stac() -> list[Case]:
     """AC counts as it is when the instruction runs, not when the page was first used."""
     read = "mov rcx, [rbx]"
-    common = {"group": _GROUP, "registers": {"rbx": LOW_USER}, "operand": LOW_USER, "mmio": (LOW_USER,)}
+    common: dict[str, Any] = {
+        "group": _GROUP,
+        "registers": {"rbx": LOW_USER},
+        "operand": LOW_USER,
+        "mmio": (LOW_USER,),
+    }
     page_fault = pf(PF_P, LOW_USER).but(effect=Effect.READ)
     return [
         Case(

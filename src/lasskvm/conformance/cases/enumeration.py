@@ -40,12 +40,12 @@ _WITHOUT_CPUID = (
     ),
     _case(
         "set-without", "CR4 bit 27 is reserved without LASS in CPUID: MOV to CR4 is #GP(0)", _SET,
-        gp(**{"cr4.lass": 0}), has_lass=False,
+        gp(cr4_lass=0), has_lass=False,
     ),
     _case(
         "set-without-with-other-bits", "a MOV to CR4 that faults for bit 27 changes no other bit",
         f"mov rax, cr4; mov rbx, rax; bts rax, {_LASS_BIT}; btc rax, 2; access: mov cr4, rax",
-        gp(**{"cr4.lass": 0}), has_lass=False,
+        gp(cr4_lass=0), has_lass=False,
     ),
     _case(
         "set-without-twice", "the second attempt faults as the first does",
@@ -57,7 +57,7 @@ _WITHOUT_CPUID = (
     ),
     _case(
         "rewrite-without", "writing CR4 as it is works without LASS", "mov rax, cr4; access: mov cr4, rax",
-        completes(**{"cr4.lass": 0}), has_lass=False,
+        completes(cr4_lass=0), has_lass=False,
     ),
     _case(
         "sregs-without", "KVM_SET_SREGS refuses CR4.LASS without LASS in CPUID", "access: nop", refused(),
@@ -84,26 +84,26 @@ _WITHOUT_CPUID = (
 
 _WITH_CPUID = (
     _case("cpuid-with", "CPUID.(EAX=07H,ECX=1):EAX[6] = 1", _ENUMERATE, completes(rax=1)),
-    _case("set-with", "MOV to CR4 sets CR4.LASS", _SET, completes(**{"cr4.lass": 1})),
+    _case("set-with", "MOV to CR4 sets CR4.LASS", _SET, completes(cr4_lass=1)),
     _case(
         "read-back", "MOV from CR4 shows the bit", f"{_SET}; mov rbx, cr4; shr rbx, 27; and ebx, 1",
         completes(rbx=1),
     ),
     _case(
         "clear-with", "MOV to CR4 clears it again", f"{_SET.replace('access: ', '')}; {_CLEAR}",
-        completes(**{"cr4.lass": 0}),
+        completes(cr4_lass=0),
     ),
     _case(
         "set-user", "at CPL 3, MOV to CR4 is #GP(0), and CR4.LASS stays 0", "access: mov cr4, rax",
-        gp(**{"cr4.lass": 0}), cpl=3, registers={"rax": layout.DEFAULT_CR4},
+        gp(cr4_lass=0), cpl=3, registers={"rax": layout.DEFAULT_CR4},
     ),
     _case(
         "set-with-reserved-bit", "with a bit that no processor has, nothing is set",
-        f"mov rax, cr4; bts rax, {_LASS_BIT}; bts rax, 63; access: mov cr4, rax", gp(**{"cr4.lass": 0}),
+        f"mov rax, cr4; bts rax, {_LASS_BIT}; bts rax, 63; access: mov cr4, rax", gp(cr4_lass=0),
     ),
     _case(
         "sregs-with", "KVM_SET_SREGS takes CR4.LASS", "access: mov rax, cr4; shr rax, 27; and eax, 1",
-        completes(rax=1, **{"cr4.lass": 1}), cr4=CR4_LASS,
+        completes(rax=1, cr4_lass=1), cr4=CR4_LASS,
     ),
     _case(
         "sregs-with-protected", "also for a guest outside IA-32e mode",
@@ -123,15 +123,15 @@ _WITH_CPUID = (
     ),
     _case(
         "set-while-low", "a kernel that runs in the lower half has executed its last instruction",
-        f"{_SET}; next: nop", gp("next", **{"cr4.lass": 1}), at=0x600100,
+        f"{_SET}; next: nop", gp("next", cr4_lass=1), at=0x600100,
     ),
     _case(
         "other-bits-keep-it", "changing another CR4 bit leaves CR4.LASS alone",
         "mov rax, cr4; btc rax, 2; access: mov cr4, rax; btc rax, 2; mov cr4, rax",
-        completes(**{"cr4.lass": 1}), cr4=CR4_LASS,
+        completes(cr4_lass=1), cr4=CR4_LASS,
     ),
     _case(
-        "with-umip", "CR4.LASS and CR4.UMIP do not disturb each other", _SET, completes(**{"cr4.lass": 1}),
+        "with-umip", "CR4.LASS and CR4.UMIP do not disturb each other", _SET, completes(cr4_lass=1),
         cr4=CR4_UMIP, needs=frozenset({"lass", "umip"}),
     ),
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lasskvm.conformance.case import Case, Effect, completes, gp
 from lasskvm.conformance.cases.common import (
     HIGH_SUPERVISOR,
@@ -20,7 +22,11 @@ _W = Effect.WRITTEN
 _FX_IMAGE = bytes.fromhex("7f03") + bytes(22) + (0x1F80).to_bytes(4, "little") + bytes(484)
 _X87_IMAGE = bytes.fromhex("7f03ffff0000ffffffffffff") + bytes(96)
 _XSAVE_IMAGE = _FX_IMAGE + (1).to_bytes(8, "little") + bytes(56)
-_XSAVE = {"needs": ("xsave",), "registers": {"rax": 1, "rdx": 0}, "more": {"cr4": CR4_OSXSAVE}}
+_XSAVE: dict[str, Any] = {
+    "needs": ("xsave",),
+    "registers": {"rax": 1, "rdx": 0},
+    "more": {"cr4": CR4_OSXSAVE},
+}
 
 
 def _i(name: str, program: str, effect: Effect = Effect.READ, **more: object) -> Instruction:
@@ -35,10 +41,10 @@ _INSTRUCTIONS = two_sides(
         _i("fxrstor", "access: fxrstor [rbx]", content=_FX_IMAGE),
         _i("fxrstor64", "access: fxrstor64 [rbx]", content=_FX_IMAGE),
         _i("fxsave-rbp", "access: fxsave [rbp]", _W, at="rbp", stack=True),
-        _i("fnsave", "access: fnsave [rbx]", _W),
-        _i("frstor", "access: frstor [rbx]", content=_X87_IMAGE),
-        _i("fnstenv", "fninit; access: fnstenv [rbx]", _W),
-        _i("fldenv", "access: fldenv [rbx]", content=_X87_IMAGE),
+        _i("fnsave", "access: db 0xdd, 0x33", _W),
+        _i("frstor", "access: db 0xdd, 0x23", content=_X87_IMAGE),
+        _i("fnstenv", "fninit; access: db 0xd9, 0x33", _W),
+        _i("fldenv", "access: db 0xd9, 0x23", content=_X87_IMAGE),
         _i("fnstcw", "fninit; access: fnstcw [rbx]", _W),
         _i("fldcw", "access: fldcw [rbx]", content=_X87_IMAGE[:2]),
         _i("fnstsw", "fninit; access: fnstsw [rbx]", _W),

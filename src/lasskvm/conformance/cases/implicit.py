@@ -15,7 +15,15 @@ from lasskvm.conformance.cases.common import HIGH_SUPERVISOR, LAST_PAGE, LOW_USE
 from lasskvm.conformance.setup import Descriptor, EveryGate, Gate, GdtImage, Map, Step, TssWord, Words
 from lasskvm.kvm.structures import DescriptorTable, Segment
 from lasskvm.memory import PAGE_SIZE
-from lasskvm.x86.descriptors import SYS_INTERRUPT_GATE, TSS64_BYTES, TSS64_IO_MAP_BASE, TSS64_IST1, TSS64_IST7, make_gate, make_segment
+from lasskvm.x86.descriptors import (
+    SYS_INTERRUPT_GATE,
+    TSS64_BYTES,
+    TSS64_IO_MAP_BASE,
+    TSS64_IST1,
+    TSS64_IST7,
+    make_gate,
+    make_segment,
+)
 from lasskvm.x86.exceptions import PF_P, UD
 from lasskvm.x86.registers import (
     AR_CODE64,
@@ -151,6 +159,7 @@ def _gdt(
     )  # fmt: skip
 
 
+_LDT_DESCRIPTOR = make_segment(layout.LDT & MASK32, _LDT_LIMIT, AR_LDT)
 _FLAT = make_segment(0, MASK32, AR_DATA | 3 << AR_DPL_SHIFT)
 _USER_SELECTOR = _WRAPPED | 3
 _FAR_POINTER_USER, _FAR_POINTER = LOW_USER, HIGH_SUPERVISOR
@@ -183,14 +192,14 @@ _GDT_CASES = (
          "access: retfq; next: nop", completes(_READ), _code(0)),
     _gdt("iret", "IRET", f"lea rcx, [rip + next]; mov rdx, rsp; push {layout.KERNEL_SS}; push rdx; push 2; "
          f"push {_WRAPPED}; push rcx; access: iretq; next: nop", completes(_READ), _code(0)),
-    _gdt("iret-to-user", "IRET to user mode", f"lea rcx, [rip + next]; push {layout.USER_SS}; push {layout.USER_STACK_TOP}; "
-         f"push 2; push {_USER_SELECTOR}; push {layout.LOW_USER}; access: iretq; next: nop", completes(_READ), _code(3)),
-    _gdt("lldt", "LLDT", "access: lldt ax", completes(_READ, ldt=_WRAPPED), make_segment(layout.LDT & MASK32, 0x1F, AR_LDT),
+    _gdt("iret-to-user", "IRET to user mode", f"push {layout.USER_SS}; push {layout.USER_STACK_TOP}; push 2; "
+         f"push {_USER_SELECTOR}; push {layout.LOW_USER}; access: iretq", completes(_READ), _code(3)),
+    _gdt("lldt", "LLDT", "access: lldt ax", completes(_READ, ldt=_WRAPPED), _LDT_DESCRIPTOR,
          high=layout.LDT >> 32, registers={"rax": _WRAPPED}),
-    _gdt("lldt-ac1", "LLDT with AC=1", "access: lldt ax", completes(_READ), make_segment(layout.LDT & MASK32, 0x1F, AR_LDT),
+    _gdt("lldt-ac1", "LLDT with AC=1", "access: lldt ax", completes(_READ), _LDT_DESCRIPTOR,
          high=layout.LDT >> 32, registers={"rax": _WRAPPED}, rflags=RFLAGS_AC),
     _gdt("lldt-crosses", "LLDT whose 16-byte descriptor is half above and half below", "access: lldt ax",
-         completes(_READ), make_segment(layout.LDT & MASK32, 0x1F, AR_LDT), high=layout.LDT >> 32,
+         completes(_READ), _LDT_DESCRIPTOR, high=layout.LDT >> 32,
          selector=_WRAPPED - 8, registers={"rax": _WRAPPED - 8}),
     _gdt("ltr", "LTR", "access: ltr ax", completes(Effect.WRITTEN, tr=_WRAPPED),
          make_segment(layout.TSS & MASK32, layout.TSS_LIMIT, _AVAILABLE_TSS), high=layout.TSS >> 32,
@@ -235,11 +244,10 @@ _IDT_CASES = tuple(
         ("user-no-smap", "CPL 3, without CR4.SMAP", fault(_LOW_VECTOR, None, "next"), {"smap": False, "cpl": 3}),
         ("compatibility", "by a 32-bit program", gp(), {"cpl": 3, "mode": Mode.COMPATIBILITY}),
     )
-) + (
-    _case(
-        "idt-own-half", "INT3 through a gate above the split, from the same IDT", "access: int3; next: nop",
-        fault(3, None, "next"), fault(3, None, "next"), sregs=_IDTR, setup=_idt_image(), operand=0, cpl=3,
-    ),
+)  # fmt: skip
+_OWN_GATE = _case(
+    "idt-own-half", "INT3 through a gate above the split, from the same IDT", "access: int3; next: nop",
+    fault(3, None, "next"), fault(3, None, "next"), sregs=_IDTR, setup=_idt_image(), operand=0, cpl=3,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------ TSS
@@ -258,7 +266,9 @@ _TSS_PAGES: tuple[Step, ...] = (
 )  # fmt: skip
 
 
-def _tss(name: str, words: str, lass: Expected, off: Expected, program: str, setup: tuple[Step, ...], **more: Any) -> Case:
+def _tss(
+    name: str, words: str, lass: Expected, off: Expected, program: str, setup: tuple[Step, ...], **more: Any
+) -> Case:
     return _case(
         f"tss-{name}", words, program, lass, off, sregs=_TR, operand=0, setup=(*_TSS_PAGES, *setup), **more
     )
@@ -310,7 +320,8 @@ _WHOLE = (
     ),
     _case(
         "whole-tss-low", "with the TSS below the split no exception of a user program can be delivered",
-        "access: ud2", shutdown(), fault(UD).but(effect=_READ), sregs=_LOW_TR, setup=_LOW_TSS, operand=_LOW + 0x800, cpl=3,
+        "access: ud2", shutdown(), fault(UD).but(effect=_READ), sregs=_LOW_TR,
+        setup=_LOW_TSS, operand=_LOW + 0x800, cpl=3,
         forced=False,
     ),
     _case(
@@ -320,4 +331,4 @@ _WHOLE = (
     ),
 )  # fmt: skip
 
-CASES: tuple[Case, ...] = (*_LDT_CASES, *_GDT_CASES, *_IDT_CASES, *_TSS_CASES, *_WHOLE)
+CASES: tuple[Case, ...] = (*_LDT_CASES, *_GDT_CASES, *_IDT_CASES, _OWN_GATE, *_TSS_CASES, *_WHOLE)

@@ -32,14 +32,14 @@ def _case(name: str, words: str, program: str, lass: Expected, **more: Any) -> C
 def _for_each_legacy_mode() -> list[Case]:
     found = []
     for name, mode in _LEGACY.items():
-        reserved = gp(**{"cr4.lass": 0})
+        reserved = gp(cr4_lass=0)
         if mode is Mode.REAL:
             # Real mode pushes no error codes.
             reserved = Expected(reserved.ending, reserved.vector, None, reserved.rip, state=reserved.state)
         found += [
             _case(
                 f"set-in-{name}-mode", f"CR4.LASS may be set in {mode.value}, where it has no effect",
-                f"{_SET}; nop; mov ebx, cr4", completes(**{"cr4.lass": 1}), mode=mode,
+                f"{_SET}; nop; mov ebx, cr4", completes(cr4_lass=1), mode=mode,
             ),
             _case(
                 f"reserved-in-{name}-mode", f"without LASS in CPUID, bit 27 is reserved in {mode.value}, too",
@@ -66,12 +66,12 @@ _IDENTITY = Map(layout.KERNEL_CODE_GPA, layout.KERNEL_CODE_GPA)
 _ACTIVATION = (
     _case(
         "activate-without", "IA-32e mode is entered from the lower half while CR4.LASS = 0", _ACTIVATE,
-        halts("halted", **{"efer.lma": 1, "cr4.lass": 0}), mode=Mode.PROTECTED, setup=(_IDENTITY,),
+        halts("halted", efer_lma=1, cr4_lass=0), mode=Mode.PROTECTED, setup=(_IDENTITY,),
         needs=frozenset(), forced=False,
     ),
     _case(
         "activate-with", "with CR4.LASS = 1 the first fetch in IA-32e mode is a violation, and so is its IDT",
-        _ACTIVATE, shutdown(**{"efer.lma": 1, "cr4.lass": 1}).but(effect=None), mode=Mode.PROTECTED,
+        _ACTIVATE, shutdown(efer_lma=1, cr4_lass=1).but(effect=None), mode=Mode.PROTECTED,
         setup=(_IDENTITY,), cr4=CR4_LASS, forced=False,
     ),
     _case(
@@ -83,7 +83,7 @@ _ACTIVATION = (
     _case(
         "kept-from-real-to-protected-mode", "entering protected mode keeps CR4.LASS",
         "mov eax, cr0; or al, 1; access: mov cr0, eax; mov eax, cr4; shr eax, 27; and eax, 1; hlt; halted: nop",
-        halts("halted", rax=1, **{"cr4.lass": 1}), mode=Mode.REAL, cr4=CR4_LASS,
+        halts("halted", rax=1, cr4_lass=1), mode=Mode.REAL, cr4=CR4_LASS,
     ),
 )  # fmt: skip
 
@@ -112,12 +112,12 @@ _COMPATIBILITY = (
     ),
     _low(
         "set-in-compatibility-mode", "CR4.LASS set in compatibility mode at CPL 0 takes effect at the next fetch",
-        f"{_SET}; next: nop", gp("next", **{"cr4.lass": 1}).but(effect=Effect.READ), None, enabled=False,
+        f"{_SET}; next: nop", gp("next", cr4_lass=1).but(effect=Effect.READ), None, enabled=False,
         needs=frozenset({"lass"}),
     ),
     _low(
         "reserved-in-compatibility-mode", "without LASS in CPUID, bit 27 is reserved there, too", _SET,
-        gp(**{"cr4.lass": 0}).but(effect=Effect.READ), None, enabled=False, smap=False, smep=False,
+        gp(cr4_lass=0).but(effect=Effect.READ), None, enabled=False, smap=False, smep=False,
         without=frozenset({"lass"}),
     ),
 )  # fmt: skip
@@ -140,12 +140,12 @@ _ROUND_TRIP = (
     Case(
         id=f"{_GROUP}/kept-in-user-mode", group=_GROUP, cpl=3,
         words="a stay in user mode keeps CR4.LASS", program="access: nop",
-        lass=completes(**{"cr4.lass": 1}), off=completes(**{"cr4.lass": 0}),
+        lass=completes(cr4_lass=1), off=completes(cr4_lass=0),
     ),
     Case(
         id=f"{_GROUP}/kept-in-user-compatibility-mode", group=_GROUP, cpl=3, mode=Mode.COMPATIBILITY,
         words="a stay in a 32-bit program keeps CR4.LASS", program="access: nop",
-        lass=completes(**{"cr4.lass": 1}), off=completes(**{"cr4.lass": 0}),
+        lass=completes(cr4_lass=1), off=completes(cr4_lass=0),
     ),
     Case(
         id=f"{_GROUP}/kept-across-iret", group=_GROUP,
@@ -153,13 +153,13 @@ _ROUND_TRIP = (
         program=f"push {layout.USER_SS}; push {layout.USER_STACK_TOP}; push 2; push {layout.USER_CS}; push rbx; "
         "access: iretq",
         registers={"rbx": layout.HIGH_USER}, operand=layout.HIGH_USER,
-        lass=gp(layout.HIGH_USER, cs=layout.USER_CS, **{"cr4.lass": 1}), off=completes(Effect.READ),
+        lass=gp(layout.HIGH_USER, cs=layout.USER_CS, cr4_lass=1), off=completes(Effect.READ),
     ),
     Case(
         id=f"{_GROUP}/low-supervisor-page-needs-lma", group=_GROUP,
         words="in 64-bit mode CR4.LASS is in force", program="access: mov rax, [rbx]",
         registers={"rbx": LOW_SUPERVISOR}, operand=LOW_SUPERVISOR,
-        lass=gp(**{"efer.lma": 1}), off=completes(Effect.READ),
+        lass=gp(efer_lma=1), off=completes(Effect.READ),
     ),
 )  # fmt: skip
 

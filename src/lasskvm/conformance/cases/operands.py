@@ -87,7 +87,7 @@ _VECTOR = two_sides(
         _i("cvtsi2sd", "access: cvtsi2sd xmm1, dword [rbx]"),
         _i("movq-mmx-load", "access: movq mm1, [rbx]; emms"),
         _i(
-            "maskmovdqu", "pcmpeqb xmm1, xmm1; pxor xmm0, xmm0; access: maskmovdqu xmm0, xmm1", _W, at="rdi",
+            "maskmovdqu", "pcmpeqb xmm1, xmm1; pxor xmm0, xmm0; access: db 0x66, 0x0f, 0xf7, 0xc1", _W, at="rdi",
         ),
         _i("pcmpistri", "access: pcmpistri xmm1, [rbx], 0", needs=("sse4_2",)),
     ),

@@ -162,7 +162,8 @@ _ADDRESSING = (
         setup=last_and_first_page(user=True),
     ),
     _case(
-        "rip-relative-supervisor", "RIP-relative data of the kernel", "access: mov rax, [rip + data]; jmp end; data: dq 5; end: nop",
+        "rip-relative-supervisor", "RIP-relative data of the kernel",
+        "access: mov rax, [rip + data]; jmp end; data: dq 5; end: nop",
         layout.KERNEL_CODE, completes(_R, rax=5), completes(_R, rax=5), mmio=(),
     ),
     _case(

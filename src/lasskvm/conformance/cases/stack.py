@@ -118,7 +118,7 @@ _POINTERS = (
         id=f"{_GROUP}/push-memory-bad-stack", group=_GROUP,
         words="PUSH of a memory operand: a bad stack is #SS(0), though the operand can be read",
         program="access: push qword [rbx]", registers={"rbx": HIGH_SUPERVISOR, "rsp": LOW_SUPERVISOR + 8},
-        operand=LOW_SUPERVISOR, lass=ss(), off=completes(_W),
+        operand=LOW_SUPERVISOR, mmio=(HIGH_SUPERVISOR,), lass=ss(), off=completes(_W),
     ),
     Case(
         id=f"{_GROUP}/pop-memory-bad-operand", group=_GROUP,
@@ -133,9 +133,10 @@ _POINTERS = (
     ),
     Case(
         id=f"{_GROUP}/call-memory-bad-stack", group=_GROUP,
-        words="CALL through memory with a bad stack: #SS(0), RIP is the CALL", program="access: call qword [rbx]; next: nop",
+        words="CALL through memory with a bad stack: #SS(0), RIP is the CALL",
+        program="access: call qword [rbx]; next: nop",
         registers={"rbx": HIGH_SUPERVISOR, "rsp": LOW_SUPERVISOR + 8}, setup=(Words(HIGH_SUPERVISOR, ("next",)),),
-        operand=LOW_SUPERVISOR, lass=ss(), off=completes(_W),
+        operand=LOW_SUPERVISOR, mmio=(HIGH_SUPERVISOR,), lass=ss(), off=completes(_W),
     ),
     Case(
         id=f"{_GROUP}/enter-nested-reads", group=_GROUP,

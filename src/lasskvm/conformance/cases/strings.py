@@ -162,7 +162,7 @@ _MIDDLE = (
     _middle(
         "repe-cmpsb-runs-off-the-end", "REPE CMPSB of equal bytes up to the end", "access: repe cmpsb",
         {"rsi": HIGH_SUPERVISOR, "rdi": _TOP - 4, "rcx": 6}, gp(rsi=HIGH_SUPERVISOR + 4, rdi=0, rcx=2),
-        completes(_R, rdi=6, rcx=0),
+        completes(_R, rdi=2, rcx=0),
         setup=(*last_and_first_page(), Bytes(_TOP - 4, bytes(4)), Bytes(0, bytes(8)), Bytes(HIGH_SUPERVISOR, bytes(8))),
     ),
     _middle(

@@ -1,0 +1,32 @@
+"""Debian's kernel, saved amid its boot: what comes after a load is what would have come without."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LassKvm = Callable[..., Any]
+
+
+def guest_time(errors: str) -> str:
+    found = re.search(r"guest nanoseconds: (\d+)", errors)
+    assert found is not None, errors
+    return found[1]
+
+
+@pytest.mark.parametrize("seconds", ["0.4", "1.1"])
+def test_a_boot_that_was_saved_ends_as_one_that_was_not(
+    lasskvm: LassKvm, lasskvm_load: LassKvm, busybox: Path, tmp_path: Path, seconds: str
+) -> None:
+    program = ("--", busybox, "sh", "-c", "cat /proc/uptime /proc/interrupts; exit 5")
+    whole = lasskvm("--stats", *program)
+    first = lasskvm("--stats", "--save", tmp_path / "saved", "--save-after", seconds, *program)
+    assert first.status == 0
+    assert 0 < len(first.console) < len(whole.console)
+    second = lasskvm_load(tmp_path / "saved", "--stats")
+    assert (second.status, first.console + second.console) == (whole.status, whole.console)
+    assert guest_time(second.errors) == guest_time(whole.errors)
