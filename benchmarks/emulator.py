@@ -70,9 +70,9 @@ def _loop_row(name: str, times: list[float]) -> Row:
     return limited(name, time_each, "us", at_most=_INSTRUCTION_BAR, note=note)
 
 
-def _timed(guest: Guest, program: str, turns: int, **registers: int) -> float:
+def _timed(guest: Guest, program: str, turns: int, *, rflags: int = 0, **registers: int) -> float:
     """Seconds that *program*, which counts RSI down from *turns*, takes at CPL 0; MMIO reads get all ones."""
-    guest.start(program, rsi=turns, **registers)
+    guest.start(program, rflags=rflags, rsi=turns, **registers)  # type: ignore[arg-type]
     start = time.perf_counter()
     while isinstance(reason := guest.vcpu.run(), IntrExit | MmioExit):
         pass

@@ -3,7 +3,7 @@
 What a vCPU keeps for speed is not saved. Most of it makes no difference; of the rest, translations of linear addresses
 can outlive the page-table entries they came from, and code that the emulator has decoded says where blocks end. A vCPU
 therefore forgets both at its checkpoints and when it is saved (``Vcpu.forget_caches()``); see
-``docs/adr/0008-snapshots.md``.
+``docs/adr/0010-snapshots.md``.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class VcpuEvents:
     exception_payload: int | None = None
     interrupt: int | None = None
     interrupt_soft: bool = False
-    #: 1 behind STI, 2 behind MOV SS (``KVM_X86_SHADOW_INT_STI``, ``KVM_X86_SHADOW_INT_MOV_SS``).
+    #: 1 behind MOV SS, 2 behind STI (``KVM_X86_SHADOW_INT_MOV_SS``, ``KVM_X86_SHADOW_INT_STI``).
     interrupt_shadow: int = 0
     nmi_injected: bool = False
     nmi_pending: bool = False

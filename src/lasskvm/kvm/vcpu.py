@@ -55,7 +55,6 @@ _HOST_POLL_INTERPRETED_BLOCKS = 500
 _IDLE_SKIPS = 64
 #: How much time of the virtual clock is between two checkpoints.
 CHECKPOINT_NS = 100_000_000
-_INT3_BYTES = 1
 
 
 class Vcpu(ReportingVcpu):
@@ -104,9 +103,8 @@ class Vcpu(ReportingVcpu):
         self.interpreter.forget_code()
 
     def close(self) -> None:
-        """Let go of the translator; the vCPU cannot run any more."""
+        """Let the vCPU run no more."""
         self._closed = True
-        self._engine = None
 
     # ------------------------------------------------------------------------------------------------ running
 

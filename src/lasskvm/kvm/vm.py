@@ -204,7 +204,7 @@ class Vm:
         return load_vm(Path(path), cls)
 
     def close(self) -> None:
-        """Let go of memory and translator; no other call is valid afterwards."""
+        """Let go of the memory, which goes with its last reference; no other call is valid afterwards."""
         if self.vcpu is not None:
             self.vcpu.close()
         for slot in list(self.memory):

@@ -73,6 +73,22 @@ _DATA = (
           gp(), completes(_R), registers={"rbx": _TOP - 6, "rcx": 32}),
 )  # fmt: skip
 
+#: The rule is asked about the whole access before paging is: the page above the split stays untouched, too.
+_FIRST_PART = (
+    _case("read-8-upper-part", "a read across the end leaves no accessed bit above the split", "access: mov rax, [rbx]",
+          gp(), completes(_R), operand=LAST_PAGE, registers={"rbx": _TOP - 4}),
+    _case("write-8-upper-part", "a write across the end leaves no dirty bit, and no byte of it is stored",
+          "access: mov [rbx], rax", gp(), completes(_W), operand=LAST_PAGE, registers={"rbx": _TOP - 4, "rax": 0}),
+    _case("add-upper-part", "... nor does a read-modify-write", "access: add [rbx], rax", gp(), completes(_W),
+          operand=LAST_PAGE, registers={"rbx": _TOP - 7, "rax": 1}),
+    _case("push-upper-part", "... nor a push", "access: push rax", ss(), completes(_W), operand=LAST_PAGE,
+          registers={"rsp": 4, "rax": 0}),
+    _case("fxsave-upper-part", "... nor FXSAVE", "access: fxsave [rbx]", gp(), completes(_W), operand=LAST_PAGE,
+          registers={"rbx": _TOP - 256}),
+    _case("movsq-upper-part", "... nor MOVSQ", "access: movsq", gp(), completes(_W), operand=LAST_PAGE,
+          registers={"rsi": HIGH_SUPERVISOR, "rdi": _TOP - 4}),
+)  # fmt: skip
+
 _USER = (
     _case("user-read", "a user read of 8 bytes at 2^64 - 4 begins above the split", "access: mov rax, [rbx]", gp(),
           completes(_R), user=True, **_at(-4)),
@@ -109,4 +125,4 @@ _STACK = (
           registers={"rbx": _TOP - 8}, setup=(Words(_TOP - 8, ("next",)), Words(0, (layout.KERNEL_CS,)))),
 )  # fmt: skip
 
-CASES: tuple[Case, ...] = (*_DATA, *_USER, *_STACK)
+CASES: tuple[Case, ...] = (*_DATA, *_FIRST_PART, *_USER, *_STACK)
