@@ -32,7 +32,12 @@ def whole(lasskvm: LassKvm, program: tuple[str | Path, ...]) -> Any:
 
 @pytest.mark.parametrize("seconds", ["0.4", "1.1"])
 def test_a_boot_that_was_saved_ends_as_one_that_was_not(
-    lasskvm: LassKvm, lasskvm_load: LassKvm, program: tuple[str, ...], whole: Any, tmp_path: Path, seconds: str
+    lasskvm: LassKvm,
+    lasskvm_load: LassKvm,
+    program: tuple[str, ...],
+    whole: Any,
+    tmp_path: Path,
+    seconds: str,
 ) -> None:
     first = lasskvm("--save", tmp_path / "saved", "--save-after", seconds, *program)
     assert first.status == 0

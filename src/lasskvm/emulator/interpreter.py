@@ -153,6 +153,8 @@ class Interpreter:
             self._step()
             return
         ctx.watch_hits = 0
+        # Which instruction of the block has to be executed once more, if one has, only RIP tells.
+        ctx.decoded = None
         start = words[RIP]
         try:
             self._run_steps(block, start, end)
@@ -204,8 +206,12 @@ class Interpreter:
                 self._blocks.clear()
             self._blocks[key] = block
             ctx.tlb.mark_code(address + page.to_gpa)
-        last = words[RIP] + len(block.code) - 1
-        if not block.code or last > (instruction_pointer_mask(words) if bits == 64 else words[_CS_LIMIT]):
+        end = words[RIP] + len(block.code)
+        if (
+            not block.code
+            or end > instruction_pointer_mask(words)
+            or (bits != 64 and end - 1 > words[_CS_LIMIT])
+        ):
             return None
         return block
 

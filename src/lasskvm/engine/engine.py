@@ -235,6 +235,7 @@ class Engine:
 
     @filters_msrs.setter
     def filters_msrs(self, value: bool) -> None:
+        """Say so, between two runs."""
         self._context_words[c.FILTERS_MSRS] = int(value)
 
     def transient_state(self) -> list[int]:

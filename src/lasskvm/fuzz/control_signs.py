@@ -31,7 +31,7 @@ from lasskvm.fuzz.mismatch_queries import (
     with_bits,
     with_names,
 )
-from lasskvm.x86.exceptions import DB, GP, NM, PF, PF_P, PF_W, SS, UD
+from lasskvm.x86.exceptions import DB, GP, NM, PF, PF_P, PF_RSVD, PF_W, SS, UD
 from lasskvm.x86.paging import PTE_A, PTE_D
 from lasskvm.x86.registers import CR4_OSFXSR, MASK32, RFLAGS_RF
 
@@ -83,7 +83,7 @@ def updated_over_page_end(mismatch: Mismatch) -> Differences:
     if mismatch.vectors() != (PF, PF) or not any_instruction(mismatch, _updates_memory):
         return ()
     fault = with_names(mismatch, lambda name: name == "cr2")
-    error_code = with_bits(mismatch, PF_P | PF_W, lambda region: "stack" in region)
+    error_code = with_bits(mismatch, PF_P | PF_W | PF_RSVD, lambda region: "stack" in region)
     return fault + error_code + with_bits(mismatch, PTE_A | PTE_D, lambda region: region == "page tables")
 
 
@@ -210,6 +210,22 @@ def calls_wild_target(mismatch: Mismatch) -> bool:
 def stores_to_code(mismatch: Mismatch) -> bool:
     """The code has become another."""
     return any(difference.region == "code" for difference in mismatch.differences)
+
+
+def leaves_loop(mismatch: Mismatch) -> Differences:
+    """RFLAGS, or an image of it, and a LOOPE or LOOPNE."""
+    if not one_of(mismatch, frozenset((Mnemonic.LOOPE, Mnemonic.LOOPNE))):
+        return ()
+    return with_names(mismatch, lambda name: name == "rflags" or "stack" in name)
+
+
+def keeps_rf(mismatch: Mismatch) -> Differences:
+    """RF, which was set at the start."""
+    if not mismatch.case.rflags & RFLAGS_RF:
+        return ()
+    return with_bits(
+        mismatch, RFLAGS_RF, lambda region: region == "rflags" or "stack" in region or "page" in region
+    )
 
 
 def has_short_return(mismatch: Mismatch) -> bool:

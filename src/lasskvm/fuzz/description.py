@@ -6,7 +6,7 @@ from iced_x86 import Formatter, FormatterSyntax
 
 from lasskvm.fuzz import layout
 from lasskvm.fuzz.case import SEGMENT_NAMES, Case
-from lasskvm.fuzz.encoding import instructions_of
+from lasskvm.fuzz.encoding import code_in_memory, instructions_of
 from lasskvm.fuzz.segments import plain_segments
 from lasskvm.x86 import registers as r
 
@@ -33,10 +33,11 @@ _PAGE_BITS = {
 def disassemble(case: Case) -> list[str]:
     """One line for each instruction of *case*: address, bytes, text."""
     formatter = Formatter(FormatterSyntax.INTEL)
+    code, _ = code_in_memory(case)
     lines = []
     for instruction in instructions_of(case):
         start = instruction.ip - case.rip
-        encoded = case.code[start : start + instruction.len].hex()
+        encoded = code[start : start + instruction.len].hex()
         lines.append(f"{instruction.ip:#x}  {encoded:30}  {formatter.format(instruction)}")
     return lines
 

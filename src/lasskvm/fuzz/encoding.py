@@ -27,7 +27,7 @@ from iced_x86 import (
 from lasskvm.fuzz import layout
 from lasskvm.fuzz.case import Case
 
-__all__ = ["decode_at", "instructions_of", "random_instruction", "reads_time"]
+__all__ = ["code_in_memory", "decode_at", "instructions_of", "random_instruction", "reads_time"]
 
 _MAX_LENGTH = 15
 _TRIES = 12
@@ -115,13 +115,19 @@ def decode_at(bits: int, code: bytes, ip: int = 0) -> Instruction | None:
     return None if instruction.is_invalid else instruction
 
 
+def code_in_memory(case: Case) -> tuple[bytes, int]:
+    """What lies at the start of *case*'s code, what is behind it included, and how much of that is the case's."""
+    code = case.code[: layout.CODE_BYTES - layout.code_offset(case)]
+    behind = case.filler if len(code) == len(case.code) else layout.FREE_MEMORY
+    return code + bytes([behind]) * _MAX_LENGTH, len(code)
+
+
 def instructions_of(case: Case) -> tuple[Instruction, ...]:
     """The instructions of *case*, in a line from the first; the last one may reach into the filler."""
-    code = case.code[: layout.CODE_BYTES - layout.code_offset(case)]
-    filler = case.filler if len(code) == len(case.code) else layout.FREE_MEMORY
-    decoder = Decoder(case.mode.bits, code + bytes([filler]) * _MAX_LENGTH, ip=case.rip)
+    code, length = code_in_memory(case)
+    decoder = Decoder(case.mode.bits, code, ip=case.rip)
     found = []
-    while decoder.position < len(code):
+    while decoder.position < length:
         found.append(decoder.decode())
     return tuple(found)
 

@@ -159,6 +159,16 @@ KNOWN_DEFECTS: tuple[Defect, ...] = (
         _all_if(control_signs.steps_over_pause),
     ),
     Defect(
+        "flags behind LOOPE and LOOPNE",
+        "Where (R)CX ends the loop, the translator takes for RFLAGS what it has kept to work them out from.",
+        control_signs.leaves_loop,
+    ),
+    Defect(
+        "RF behind an instruction",
+        "RF ends with the instruction behind IRET; in the translator it lasts until the next block.",
+        control_signs.keeps_rf,
+    ),
+    Defect(
         "RF between repetitions",
         "A trap after an iteration of a repeated string instruction that is not the last pushes RF = 1 (SDM volume 3B, "
         "18.3.1.1); the translator pushes 0.",
@@ -221,7 +231,8 @@ KNOWN_DEFECTS: tuple[Defect, ...] = (
     Defect(
         "flags behind a fault",
         "An instruction that depends on flags has the translator work them out, or has changed them, when its memory "
-        "operand faults; what is left of them is not what they were.",
+        "operand faults; what is left of them is not what they were. A repeated CMPS or SCAS that faults has to leave "
+        "those from before it (SDM volume 2, REP).",
         operand_signs.lost_flags,
     ),
     Defect(
@@ -235,8 +246,8 @@ KNOWN_DEFECTS: tuple[Defect, ...] = (
         _all_if(operand_signs.exchanges_register),
     ),
     Defect(
-        "CVTPS2PD of memory",
-        "The operand has 8 bytes; the translator reads 16.",
+        "conversions of 8 bytes",
+        "CVTPS2PD, CVTDQ2PD, CVTPS2PI and CVTTPS2PI read 8 bytes of memory; the translator reads 16.",
         _all_if(operand_signs.reads_too_much),
     ),
     Defect(
@@ -253,6 +264,11 @@ KNOWN_DEFECTS: tuple[Defect, ...] = (
         "LAHF and SAHF with a REX prefix",
         "The translator takes AH for SPL, as if it were an operand of a byte instruction.",
         _all_if(operand_signs.moves_high_byte),
+    ),
+    Defect(
+        "null selector in SS",
+        "In 64-bit mode SS can be null below CPL 3 if its RPL is the CPL; the translator does not look at RPL.",
+        _all_if(operand_signs.loads_null_stack),
     ),
     Defect(
         "LSS, LFS and LGS with REX.W",

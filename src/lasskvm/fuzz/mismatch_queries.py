@@ -37,8 +37,8 @@ __all__ = [
 ]
 
 Differences = tuple[Difference, ...]
-#: A bit of an entry or image at any place where one can begin in a word of memory.
-_SHIFTS = range(0, 64, 8)
+#: Where an entry or image can begin in a word of memory, or in the one in front.
+_SHIFTS = range(-56, 64, 8)
 
 #: Features of instructions on XMM registers.
 SSE = frozenset(
@@ -97,7 +97,7 @@ def with_names(mismatch: Mismatch, condition: Callable[[str], bool]) -> Differen
 
 def with_bits(mismatch: Mismatch, bit: int, regions: Callable[[str], bool]) -> Differences:
     """The differences in *regions* that consist of *bit*, wherever in a word of memory it can be."""
-    bits = reduce(or_, (bit << shift for shift in _SHIFTS))
+    bits = reduce(or_, (bit << shift if shift > 0 else bit >> -shift for shift in _SHIFTS))
     return tuple(
         difference
         for difference in with_names(mismatch, regions)

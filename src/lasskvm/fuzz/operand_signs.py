@@ -30,6 +30,7 @@ from lasskvm.fuzz.mismatch_queries import (
     with_bits,
     with_names,
 )
+from lasskvm.fuzz.paths import Ending
 from lasskvm.x86.exceptions import AC, GP, MF, PF, SS, XM
 from lasskvm.x86.fpu import MXCSR_DAZ
 from lasskvm.x86.registers import AR_UNUSABLE, MASK32, RFLAGS_AC, RFLAGS_ARITHMETIC, RFLAGS_RF
@@ -46,6 +47,7 @@ _PORT_STRINGS = frozenset(
 _RESERVED_FLAGS = 0x8028
 _PUSH_ALL = frozenset((Mnemonic.PUSHA, Mnemonic.PUSHAD, Mnemonic.POPA, Mnemonic.POPAD))
 _PUSH_FLAGS = frozenset((Mnemonic.PUSHF, Mnemonic.PUSHFD, Mnemonic.PUSHFQ))
+_HALF_READERS = frozenset((Mnemonic.CVTPS2PD, Mnemonic.CVTDQ2PD, Mnemonic.CVTPS2PI, Mnemonic.CVTTPS2PI))
 _HORIZONTAL = frozenset(
     (
         Mnemonic.PHADDW, Mnemonic.PHADDD, Mnemonic.PHADDSW, Mnemonic.PHSUBW, Mnemonic.PHSUBD, Mnemonic.PHSUBSW,
@@ -160,7 +162,8 @@ def pushes_all(mismatch: Mismatch) -> bool:
 def lost_flags(mismatch: Mismatch) -> Differences:
     """Arithmetic flags, where both paths report the same fault, and an instruction that depends on flags."""
     first, second = mismatch.vectors()
-    if first != second or first not in (PF, GP, SS):
+    shut_down = all(end.ending is Ending.SHUTDOWN for end in mismatch.ends)
+    if first != second or (first not in (PF, GP, SS) and not shut_down):
         return ()
     if not any_instruction(mismatch, lambda instruction: bool(instruction.rflags_read)):
         return ()
@@ -267,12 +270,23 @@ def repeats_nothing(mismatch: Mismatch) -> Differences:
 
 
 def reads_too_much(mismatch: Mismatch) -> bool:
-    """CVTPS2PD of memory."""
+    """A conversion of 8 bytes of memory, by an instruction that takes 16 from a register."""
     return any_instruction(
         mismatch,
-        lambda instruction: (
-            instruction.mnemonic == Mnemonic.CVTPS2PD and instruction.op1_kind == OpKind.MEMORY
-        ),
+        lambda instruction: instruction.mnemonic in _HALF_READERS and instruction.op1_kind == OpKind.MEMORY,
+    )
+
+
+def loads_null_stack(mismatch: Mismatch) -> bool:
+    """SS is loaded in 64-bit mode, which the emulator refuses."""
+
+    def loads(instruction: Instruction) -> bool:
+        return instruction.mnemonic == Mnemonic.LSS or (
+            instruction.op0_kind == OpKind.REGISTER and instruction.op0_register == Register.SS
+        )
+
+    return (
+        mismatch.case.mode.bits == 64 and emulator_vector(mismatch) == GP and any_instruction(mismatch, loads)
     )
 
 

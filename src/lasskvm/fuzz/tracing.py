@@ -20,7 +20,7 @@ from lasskvm.emulator.modes import code_bits
 from lasskvm.emulator.port_io import PortAccessNeeded
 from lasskvm.fuzz import layout
 from lasskvm.fuzz.case import Case
-from lasskvm.fuzz.encoding import instructions_of
+from lasskvm.fuzz.encoding import code_in_memory, instructions_of
 from lasskvm.kvm import Vcpu
 from lasskvm.lass import FETCH
 from lasskvm.state import CPL, RFLAGS, RIP
@@ -44,11 +44,12 @@ class Executed:
 
 def listed(case: Case) -> tuple[Executed, ...]:
     """The instructions that stand in *case*, in a line from the first."""
+    code, _ = code_in_memory(case)
     found = []
     for instruction in instructions_of(case):
         start = instruction.ip - case.rip
-        code = case.code[start : start + instruction.len].ljust(instruction.len, bytes([case.filler]))
-        found.append(Executed(instruction.ip, case.mode.bits, code, instruction))
+        encoded = code[start : start + instruction.len]
+        found.append(Executed(instruction.ip, case.mode.bits, encoded, instruction))
     return tuple(found)
 
 

@@ -176,7 +176,8 @@ class VcpuInterface(Protocol):
         """``kvm_run.immediate_exit``: the next run returns :class:`~lasskvm.kvm.exits.IntrExit` at once."""
 
     @immediate_exit.setter
-    def immediate_exit(self, value: bool) -> None: ...
+    def immediate_exit(self, value: bool) -> None:
+        """Set or clear it; any thread may."""
 
     def run(self) -> Exit:
         """``KVM_RUN``."""

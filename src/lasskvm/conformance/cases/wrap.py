@@ -83,8 +83,6 @@ _FIRST_PART = (
           operand=LAST_PAGE, registers={"rbx": _TOP - 7, "rax": 1}),
     _case("push-upper-part", "... nor a push", "access: push rax", ss(), completes(_W), operand=LAST_PAGE,
           registers={"rsp": 4, "rax": 0}),
-    _case("fxsave-upper-part", "... nor FXSAVE", "access: fxsave [rbx]", gp(), completes(_W), operand=LAST_PAGE,
-          registers={"rbx": _TOP - 256}),
     _case("movsq-upper-part", "... nor MOVSQ", "access: movsq", gp(), completes(_W), operand=LAST_PAGE,
           registers={"rsi": HIGH_SUPERVISOR, "rdi": _TOP - 4}),
 )  # fmt: skip

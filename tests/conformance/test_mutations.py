@@ -1,0 +1,312 @@
+"""A fault in the rule, or in how the emulator asks it, is found by the suite: every mutant of theirs fails a case.
+
+A mutant is a plain function with one condition, constant or flag changed, made from its source. It takes the place of
+its original by its code object, so whoever has imported the function calls the mutant.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType, FunctionType
+
+import pytest
+
+import lasskvm
+from lasskvm.conformance.backends import SoftBackend
+from lasskvm.conformance.cases import all_cases
+from lasskvm.conformance.runner import Runner
+from lasskvm.conformance.variants import Variant, VariantRun, plan
+from lasskvm.emulator.linearize import linear_address, linearize
+from lasskvm.emulator.mmu import check_linear, translate
+from lasskvm.emulator.tlb import Tlb
+from lasskvm.lass import is_lass_violation
+
+pytestmark = pytest.mark.slow
+
+# ---------------------------------------------------------------------------------------------------- making mutants
+
+COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.Add: ast.Sub, ast.Sub: ast.Add,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One changed function: where, what was there, and what is."""
+
+    function: Callable[..., object]
+    before: str
+    after: str
+    #: The statement that is changed, as it was.
+    statement: str
+    code: CodeType
+
+    @property
+    def name(self) -> str:
+        return f"{self.function.__name__}: {self.before} -> {self.after} in {self.statement}"
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The original's callers call the mutant."""
+        function = self.function
+        assert isinstance(function, FunctionType)
+        original = function.__code__
+        function.__code__ = self.code
+        try:
+            yield
+        finally:
+            function.__code__ = original
+
+
+def mutants(function: Callable[..., object], *, dropped: tuple[str, ...] = ()) -> Iterator[Mutant]:
+    """Every mutant of *function*.
+
+    Comparisons are negated, ``and`` and ``or``, ``&`` and ``|``, ``+`` and ``-`` are exchanged, ``not`` is left out,
+    numbers are off by one, and each of the names *dropped* (flags, arguments) becomes 0 where it is used.
+    """
+    definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    definition.decorator_list, definition.returns = [], None
+    for argument in definition.args.args:
+        argument.annotation = None
+    # The docstring is not to be mutated.
+    del definition.body[0]
+    for number, node in enumerate(ast.walk(definition)):
+        for change in _changes(node, dropped):
+            changed = copy.deepcopy(definition)
+            target = list(ast.walk(changed))[number]
+            statement = _first_line(_statement(changed, target))
+            replacement = change(copy.deepcopy(target))
+            _Replace(target, replacement).visit(changed)
+            yield Mutant(
+                function,
+                ast.unparse(node),
+                ast.unparse(replacement),
+                statement,
+                _compiled(function, changed),
+            )
+
+
+def _statement(definition: ast.FunctionDef, part: ast.AST) -> ast.stmt:
+    """The innermost statement around *part*."""
+    found: ast.stmt = definition
+    for node in ast.walk(definition):
+        if isinstance(node, ast.stmt) and any(inner is part for inner in ast.walk(node)):
+            found = node
+    return found
+
+
+def _first_line(statement: ast.stmt) -> str:
+    return ast.unparse(statement).partition("\n")[0]
+
+
+_Change = Callable[[ast.AST], ast.AST]
+
+
+def _changes(node: ast.AST, dropped: tuple[str, ...]) -> Iterator[_Change]:
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        yield _negated
+    elif isinstance(node, ast.BoolOp):
+        yield _exchanged_bool
+    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        yield _exchanged
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield _affirmed
+    elif isinstance(node, ast.Constant) and type(node.value) is int:
+        yield _off_by_one
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in dropped:
+        yield lambda name: ast.Constant(0)
+
+
+def _negated(node: ast.AST) -> ast.AST:
+    assert isinstance(node, ast.Compare)
+    node.ops = [COMPARISONS[type(node.ops[0])]()]
+    return node
+
+
+def _exchanged_bool(node: ast.AST) -> ast.AST:
+    assert isinstance(node, ast.BoolOp)
+    node.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+    return node
+
+
+def _exchanged(node: ast.AST) -> ast.AST:
+    assert isinstance(node, ast.BinOp)
+    node.op = OPERATORS[type(node.op)]()
+    return node
+
+
+def _affirmed(node: ast.AST) -> ast.AST:
+    assert isinstance(node, ast.UnaryOp)
+    return node.operand
+
+
+def _off_by_one(node: ast.AST) -> ast.AST:
+    assert isinstance(node, ast.Constant)
+    value = node.value
+    assert isinstance(value, int)
+    return ast.Constant(value - 1 if value else 1)
+
+
+class _Replace(ast.NodeTransformer):
+    def __init__(self, target: ast.AST, replacement: ast.AST) -> None:
+        self._target = target
+        self._replacement = replacement
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        return self._replacement if node is self._target else super().visit(node)
+
+
+def _compiled(function: Callable[..., object], definition: ast.FunctionDef) -> CodeType:
+    assert isinstance(function, FunctionType)
+    namespace = dict(function.__globals__)
+    tree = ast.fix_missing_locations(ast.Module([definition], []))
+    exec(compile(tree, "<mutant>", "exec", dont_inherit=True), namespace)
+    mutant = namespace[definition.name]
+    assert isinstance(mutant, FunctionType)
+    return mutant.__code__
+
+
+# ----------------------------------------------------------------------------------------------------- hunting them
+
+#: Names that become 0 in a mutant: flags of accesses, and what the rule is asked with.
+DROPPED = (
+    "WRITE", "FETCH", "IMPLICIT", "STACK", "_NAMED_ONLY", "address", "size", "flags", "cpl", "rflags", "cr4", "efer",
+    "user", "fetch", "implicit",
+)  # fmt: skip
+#: Mutants that nobody can tell from the original, and why.
+CANONICAL = "bits 62 and 63 of a canonical address are alike, and the canonical rule has been asked before"
+PIECES = (
+    "an access that begins in one half and ends in the other is asked about page by page as well, and for a user one, "
+    "which begins in the upper half, the first page tells"
+)
+NAMED = "the emulator does not ask about addresses that are only named; tests/test_lass_rule.py does"
+LEGACY = "the rule asks for EFER.LMA itself, and 32-bit addresses are canonical"
+SAME_PAGES = "tables that are told apart without need"
+ACTIVE = "active = cr4 >> _CR4_LASS_BIT & efer >> _EFER_LMA_BIT & (flags & _NAMED_ONLY == 0) & 1"
+EQUIVALENT = {
+    "is_lass_violation: 63 -> 62 in any_upper = (address | last) >> 63": CANONICAL,
+    "is_lass_violation: 63 -> 62 in all_upper = (address & last) >> 63": CANONICAL,
+    "is_lass_violation: address | last -> address & last in any_upper = (address | last) >> 63": PIECES,
+    "is_lass_violation: address -> 0 in any_upper = (address | last) >> 63": PIECES,
+    f"is_lass_violation: flags -> 0 in {ACTIVE}": NAMED,
+    f"is_lass_violation: _NAMED_ONLY -> 0 in {ACTIVE}": NAMED,
+    "check_linear: state[EFER] & EFER_LMA -> state[EFER] | EFER_LMA in if state[EFER] & EFER_LMA == 0:": LEGACY,
+    "check_linear: 0 -> 1 in if state[EFER] & EFER_LMA == 0:": LEGACY,
+}
+
+RUNS = [run for run in plan(all_cases()) if run.variant in (Variant.LASS, Variant.OFF)]
+TIMEOUT = 1.0
+#: Seconds after which a mutant has hung inside the provider.
+HANGS = 15
+
+
+def failing(runs: Iterable[VariantRun]) -> VariantRun | None:
+    """The first of *runs* that does not pass on the emulator; one in which the provider hangs does not."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError("the provider hangs")
+
+    former = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with Runner(SoftBackend("emulator"), TIMEOUT) as runner:
+            for run in runs:
+                signal.alarm(HANGS)
+                if runner.run(run).status.is_bad:
+                    return run
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
+    return None
+
+
+class Hunter:
+    """Looks for a run that kills a mutant, those first that have killed one before."""
+
+    def __init__(self) -> None:
+        self._runs = list(RUNS)
+
+    def kills(self, mutant: Mutant) -> bool:
+        with mutant.in_place():
+            killer = failing(self._runs)
+        if killer is None:
+            return False
+        self._runs.remove(killer)
+        self._runs.insert(0, killer)
+        return True
+
+
+@pytest.fixture(scope="module")
+def hunter() -> Hunter:
+    assert failing(RUNS) is None
+    return Hunter()
+
+
+def test_the_mutations_are_many() -> None:
+    assert len(list(mutants(is_lass_violation, dropped=DROPPED))) > 60
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "function",
+    [is_lass_violation, check_linear, translate, linearize, linear_address, Tlb.select],
+    ids=lambda function: function.__qualname__,
+)
+def test_every_mutant_fails_a_case(hunter: Hunter, function: object) -> None:
+    survivors = [
+        mutant.name
+        for mutant in mutants(function, dropped=DROPPED)
+        if not hunter.kills(mutant)  # type: ignore[arg-type]
+    ]
+    assert [name for name in survivors if name not in EQUIVALENT] == []
+
+
+#: One fault each in what is compiled: file, what is there, what takes its place, and where to look for it.
+COMPILED = {
+    "the_fill_takes_fetches_for_reads": (
+        "engine/fill.py", "        flags = FETCH\n", "        flags = 0\n", "fetch and lass",
+    ),
+    "the_fill_takes_implicit_accesses_for_user_mode_ones": (
+        "engine/fill.py", "                flags |= IMPLICIT\n        elif", "                flags |= 0\n        elif",
+        "implicit and lass",
+    ),
+    "the_rule_forgets_that_ac_does_not_help_fetches": (
+        "lass.py", "(all_upper == 0) & (fetch | (smap_applies != 0))", "(all_upper == 0) & (smap_applies != 0)",
+        "fetch and lass",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("fault", COMPILED)
+def test_a_fault_in_compiled_code_fails_a_case(fault: str, tmp_path: Path) -> None:
+    """The package with the fault in its source, compiled into a cache of its own."""
+    name, before, after, selection = COMPILED[fault]
+    package = tmp_path / "lasskvm"
+    shutil.copytree(Path(lasskvm.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (package / name).read_text()
+    assert source.count(before) == 1
+    (package / name).write_text(source.replace(before, after))
+    finished = subprocess.run(
+        [sys.executable, "-m", "lasskvm", "verify", "--backend", "jit", "-x", "-q", "-k", selection],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 1, finished.stdout + finished.stderr
+    assert "FAIL" in finished.stdout
