@@ -28,6 +28,7 @@ from lasskvm.x86.registers import CS, DR6_BS, RFLAGS_RF
 
 __all__ = [
     "compile_instruction",
+    "deliver_breakpoint",
     "deliver_fault",
     "emulate_instruction",
     "execute",
@@ -133,13 +134,19 @@ def _execute_and_trap(ctx: Emulation, decoded: Decoded) -> None:
 
 def step(ctx: Emulation) -> None:
     """:func:`emulate_instruction`, behind the instruction breakpoints."""
+    if not deliver_breakpoint(ctx):
+        emulate_instruction(ctx)
+
+
+def deliver_breakpoint(ctx: Emulation) -> bool:
+    """Deliver the #DB of an instruction breakpoint at CS:RIP; it comes before the fetch. Whether there is one."""
     words = ctx.words
-    if words[DR7] & _DR7_ENABLED and not words[RFLAGS] & RFLAGS_RF and not words[INTERRUPT_SHADOW]:
-        hits = instruction_hit(words, linear_address(words, CS, words[RIP]))
-        if hits:
-            deliver_fault(ctx, debug_trap(hits))
-            return
-    emulate_instruction(ctx)
+    if not words[DR7] & _DR7_ENABLED or words[RFLAGS] & RFLAGS_RF or words[INTERRUPT_SHADOW]:
+        return False
+    hits = instruction_hit(words, linear_address(words, CS, words[RIP]))
+    if hits:
+        deliver_fault(ctx, debug_trap(hits))
+    return bool(hits)
 
 
 def deliver_fault(ctx: Emulation, fault: GuestFault) -> None:

@@ -78,6 +78,7 @@ from lasskvm.memory import TABLE_CODE_STORES
 from lasskvm.state import (
     CR2,
     CR4,
+    DR7,
     EFER,
     INTERRUPT_SHADOW,
     R8,
@@ -109,6 +110,7 @@ _OPCODE_WRMSR = TWO_BYTE + 0x30
 _OPCODE_SYSRET = TWO_BYTE + 0x07
 _MODRM_REGISTER_SHIFT = 3
 _CR3_NUMBER = 3
+_DR7_ENABLED = 0xFF
 _MODRM_REGISTER_FORM = 0xC0
 #: With F3 and a register: 0F AE /2 is WRFSBASE, /3 WRGSBASE; 0F C7 /7 is RDPID.
 _OPCODE_WRITE_BASE = TWO_BYTE + 0xAE
@@ -215,6 +217,7 @@ def _memory_fault(context: int, env: int) -> None:
         vector != PF
         or state[EFER] & EFER_LMA == 0
         or (flags & FETCH != 0 and guest_linear_rip(env) >> _PAGE_SHIFT != address >> _PAGE_SHIFT)
+        or (flags & FETCH != 0 and state[DR7] & _DR7_ENABLED != 0)
         or (flags & (FETCH | WRITE | IMPLICIT) == 0 and _may_modify(context, env, state))
     ):
         end_run(context, EXIT_MEMORY_FAULT, vector, error_code, address, flags)

@@ -1,8 +1,8 @@
 """Which guest states direct execution cannot run exactly, so that the emulator runs them.
 
 KVM does the same for what old processors cannot enter by VMX (``vmx->emulation_required``). Direct execution makes no
-segment limit, type or null checks, so code outside 64-bit mode runs there only while they could not matter; and it
-knows no alignment checks.
+segment limit, type or null checks, so code outside 64-bit mode runs there only while they could not matter; it knows
+no alignment checks; and in 64-bit mode it adds segment bases that a processor ignores.
 
 Unusable (null) data segments are let through, since ordinary 32-bit programs have them in FS and GS: an access through
 one is then not refused (``docs/differences.md``).
@@ -11,7 +11,7 @@ one is then not refused (``docs/differences.md``).
 from __future__ import annotations
 
 from lasskvm.emulator.modes import in_64bit_mode, in_protected_mode
-from lasskvm.state import ATTRIBUTES, CPL, CR0, LIMIT, RFLAGS, SEGMENT_WORDS, SEGMENTS, Words
+from lasskvm.state import ATTRIBUTES, BASE, CPL, CR0, LIMIT, RFLAGS, SEGMENT_WORDS, SEGMENTS, Words
 from lasskvm.x86.registers import (
     AR_CODE,
     AR_DB,
@@ -21,14 +21,19 @@ from lasskvm.x86.registers import (
     AR_WRITABLE,
     CR0_AM,
     CS,
+    DS,
+    ES,
     GS,
     MASK32,
     RFLAGS_AC,
+    SS,
 )
 
 __all__ = ["emulation_required"]
 
 _USER_CPL = 3
+#: Segment bases that do not count in 64-bit mode; direct execution adds them where an override names the segment.
+_IGNORED_BASES = tuple(SEGMENTS + SEGMENT_WORDS * number + BASE for number in (ES, CS, SS, DS))
 
 
 def emulation_required(words: Words) -> bool:
@@ -36,7 +41,7 @@ def emulation_required(words: Words) -> bool:
     if words[CPL] == _USER_CPL and words[RFLAGS] & RFLAGS_AC and words[CR0] & CR0_AM:
         return True
     if in_64bit_mode(words):
-        return False
+        return any(words[base] for base in _IGNORED_BASES)
     return not in_protected_mode(words) or not _segments_are_flat(words)
 
 

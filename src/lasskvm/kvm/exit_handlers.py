@@ -13,7 +13,12 @@ from lasskvm.emulator.branches import undo_near_branch
 from lasskvm.emulator.completion import next_rip
 from lasskvm.emulator.decode import fetch_instruction, is_read_modify_write, is_stack_access
 from lasskvm.emulator.events import Event, deliver_event
-from lasskvm.emulator.execution import emulate_instruction, is_implemented, skip_forced_emulation_prefix
+from lasskvm.emulator.execution import (
+    deliver_breakpoint,
+    emulate_instruction,
+    is_implemented,
+    skip_forced_emulation_prefix,
+)
 from lasskvm.emulator.faults import GuestFault, Unhandleable
 from lasskvm.emulator.linearize import linear_address
 from lasskvm.emulator.mmu import next_linear, translate
@@ -47,7 +52,7 @@ def _memory_fault(vcpu: Vcpu, engine_exit: EngineExit) -> None:
     words = vcpu.state.words
     vector, error_code, address = engine_exit.vector, engine_exit.error_code, engine_exit.address
     if engine_exit.flags & FETCH:
-        if _runs_up_to_next_page(vcpu, address):
+        if _runs_up_to_next_page(vcpu, address) or deliver_breakpoint(vcpu.emulation):
             return
         if vector == GP and not is_canonical(address, linear_address_bits(words)):
             undo_near_branch(vcpu.emulation, vcpu.engine.last_block)
