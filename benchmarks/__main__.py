@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import boot, emulator, engine, guest, machines
+from benchmarks import boot, emulator, engine, guest, machines, verify
 from benchmarks.context import Context
 from benchmarks.rows import BenchmarkError, Row
 from benchmarks.table import notes, render
@@ -33,6 +33,7 @@ BENCHMARKS: dict[str, Callable[[Context], list[Row]]] = {
     "guest": guest.run,
     "engine": engine.run,
     "emulator": emulator.run,
+    "verify": verify.run,
 }
 
 _DEFAULT_RUNS = 3

@@ -56,7 +56,9 @@ def run_until_as_long(boot: Boot, characters: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_two_million_instructions_print_what_they_print_under_direct_execution(kernel: Path) -> None:
+def test_the_first_two_million_instructions_print_what_they_print_under_direct_execution(
+    kernel: Path,
+) -> None:
     emulated = Boot(kernel, "emulator")
     interpret(emulated, INSTRUCTIONS)
     direct = Boot(kernel, "jit")
@@ -65,7 +67,9 @@ def test_the_first_two_million_instructions_print_what_they_print_under_direct_e
 
 
 @pytest.mark.slow
-def test_two_million_instructions_in_mid_boot_print_what_they_print_under_direct_execution(kernel: Path) -> None:
+def test_two_million_instructions_in_mid_boot_print_what_they_print_under_direct_execution(
+    kernel: Path,
+) -> None:
     """Nothing is printed that early; so the emulator also takes over where the kernel prints most."""
     emulated = Boot(kernel, "jit")
     while FIRST_LINE not in emulated.text():

@@ -48,18 +48,15 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One changed function: where, what was there, and what is."""
+    """One changed function, and the statement that is not what it was."""
 
     function: Callable[..., object]
-    before: str
-    after: str
-    #: The statement that is changed, as it was.
     statement: str
     code: CodeType
 
     @property
     def name(self) -> str:
-        return f"{self.function.__name__}: {self.before} -> {self.after} in {self.statement}"
+        return f"{self.function.__name__}: {self.statement}"
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -91,16 +88,10 @@ def mutants(function: Callable[..., object], *, dropped: tuple[str, ...] = ()) -
         for change in _changes(node, dropped):
             changed = copy.deepcopy(definition)
             target = list(ast.walk(changed))[number]
-            statement = _first_line(_statement(changed, target))
+            statement = _statement(changed, target)
             replacement = change(copy.deepcopy(target))
             _Replace(target, replacement).visit(changed)
-            yield Mutant(
-                function,
-                ast.unparse(node),
-                ast.unparse(replacement),
-                statement,
-                _compiled(function, changed),
-            )
+            yield Mutant(function, _first_line(statement), _compiled(function, changed))
 
 
 def _statement(definition: ast.FunctionDef, part: ast.AST) -> ast.stmt:

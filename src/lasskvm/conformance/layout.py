@@ -51,6 +51,8 @@ from lasskvm.x86.registers import (
 __all__ = ["PageTables", "code_selectors", "initial_sregs", "set_descriptor", "set_gate", "write_tables"]
 
 MEMORY_BYTES = 4 << 20
+#: A flag for :meth:`PageTables.map`: user programs may access the page.
+USER_PAGE = PTE_U
 #: Linear address of guest-physical 0 in the kernel's half.
 UPPER = 0xFFFF_8000_0000_0000
 

@@ -87,7 +87,7 @@ class MmioDevice(Protocol):
         """The length of its range in bytes."""
 
     def read_mmio(self, gpa: int, size: int) -> int:
-        """Return what a load of ``size`` bytes at ``gpa`` reads."""
+        """Return what a load of ``size`` bytes at ``gpa`` reads: 1, 2, 4 or 8, or fewer at the end of a page."""
 
     def write_mmio(self, gpa: int, size: int, value: int) -> None:
         """Take a store of ``size`` bytes at ``gpa``; ``value`` has no bits above them."""
@@ -198,16 +198,16 @@ class MmioBus:
                 return
 
     def read(self, gpa: int, size: int) -> int | None:
-        """Load 1, 2, 4 or 8 bytes. Returns ``None`` unless one device claims the whole access."""
+        """Load 1 to 8 bytes. Returns ``None`` unless one device claims the whole access."""
         device = self._find(gpa, size)
-        return None if device is None else device.read_mmio(gpa, size) & ALL_ONES[size]
+        return None if device is None else device.read_mmio(gpa, size) & (1 << 8 * size) - 1
 
     def write(self, gpa: int, size: int, value: int) -> bool:
-        """Store 1, 2, 4 or 8 bytes. Returns ``False`` unless one device claims the whole access."""
+        """Store 1 to 8 bytes. Returns ``False`` unless one device claims the whole access."""
         device = self._find(gpa, size)
         if device is None:
             return False
-        device.write_mmio(gpa, size, value & ALL_ONES[size])
+        device.write_mmio(gpa, size, value & (1 << 8 * size) - 1)
         return True
 
     def _find(self, gpa: int, size: int) -> MmioDevice | None:

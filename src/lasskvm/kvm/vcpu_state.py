@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.faults import GuestFault
 from lasskvm.emulator.interpreter import Interpreter
+from lasskvm.emulator.mmio import Mmio
 from lasskvm.emulator.mmu import translate
 from lasskvm.emulator.msrs import MsrFile, read_msr, write_msr
 from lasskvm.engine.engine import Engine
@@ -127,6 +128,7 @@ class StatefulVcpu:
             self.emulation.msrs.cpuid = table
         self.emulation.forced_emulation = vm.forced_emulation
         self.emulation.read_port, self.emulation.write_port = vm.ports.read, vm.ports.write
+        self.emulation.mmio = Mmio(vm.mmio.read, vm.mmio.write)
         self.interpreter = Interpreter(self.emulation)
         self.apply_msr_filter()
         self._apply_guest_debug()

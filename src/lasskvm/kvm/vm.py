@@ -14,7 +14,7 @@ import numpy as np
 from lasskvm.engine.engine import Transmitter
 from lasskvm.errors import LassKvmError, MemoryLayoutError
 from lasskvm.kvm.clock import Clock, VirtualClock
-from lasskvm.kvm.iobus import DeviceState, PortBus
+from lasskvm.kvm.iobus import DeviceState, MmioBus, PortBus
 from lasskvm.kvm.irqchip import Pic, Pit
 from lasskvm.kvm.irqchip.pit import PIT_IRQ
 from lasskvm.kvm.msr_filter import MsrFilter
@@ -51,6 +51,8 @@ class Vm:
         self.forced_emulation = forced_emulation
         self.memory = GuestMemory()
         self.ports = PortBus()
+        #: Devices in guest-physical memory space; what none of them claims is an ``MmioExit``.
+        self.mmio = MmioBus()
         self.pic: Pic | None = None
         self.pit: Pit | None = None
         self.vcpu: Vcpu | None = None

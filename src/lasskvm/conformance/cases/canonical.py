@@ -10,7 +10,6 @@ from lasskvm.conformance.cases.common import HIGH_SUPERVISOR, LOW_SUPERVISOR
 from lasskvm.conformance.setup import Map
 from lasskvm.memory import PAGE_SIZE
 from lasskvm.x86.exceptions import PF_I, PF_U
-from lasskvm.x86.paging import PTE_U
 from lasskvm.x86.registers import RFLAGS_AC
 
 __all__ = ["CASES"]
@@ -57,7 +56,7 @@ _HOLE = (
     _both("fs-rbp-operand", "... but not with an FS override", "access: mov rax, fs:[rbp]", gp(), cpl=3,
           registers={"rbp": _HIGHEST - 0x100}),
     _both("crossing-up-user", "a user access from the lower half's last byte into the hole", _READ, gp(), cpl=3,
-          setup=(Map(_LAST_LOW, layout.SPARE_GPA, PTE_U),), operand=_LAST_LOW, **_rbx(_LOWEST - 4)),
+          setup=(Map(_LAST_LOW, layout.SPARE_GPA, layout.USER_PAGE),), operand=_LAST_LOW, **_rbx(_LOWEST - 4)),
     _both("crossing-up-supervisor", "a supervisor access there, with AC=1", _READ, gp(), rflags=RFLAGS_AC,
           setup=(Map(_LAST_LOW, layout.SPARE_GPA),), operand=_LAST_LOW, **_rbx(_LOWEST - 1)),
     _both("crossing-out-of-the-hole", "an access that begins in the hole and ends in the upper half", _READ, gp(),
@@ -71,14 +70,14 @@ _HOLE = (
 
 _EDGES = (
     _both("last-low-user", "the last 8 bytes before the hole are a user program's own", _READ, completes(Effect.READ),
-          cpl=3, setup=(Map(_LAST_LOW, layout.SPARE_GPA, PTE_U),), operand=_LAST_LOW, **_rbx(_LOWEST - 8)),
+          cpl=3, setup=(Map(_LAST_LOW, layout.SPARE_GPA, layout.USER_PAGE),), operand=_LAST_LOW, **_rbx(_LOWEST - 8)),
     _both("first-high-supervisor", "the first byte behind it is the kernel's", _READ, completes(Effect.READ),
           setup=(Map(_FIRST_HIGH, layout.SPARE_GPA),), operand=_FIRST_HIGH, **_rbx(_FIRST_HIGH)),
     _case("last-low-supervisor", "the kernel may not touch the last byte before the hole", "access: mov al, [rbx]",
           gp(), completes(Effect.READ), setup=(Map(_LAST_LOW, layout.SPARE_GPA),), operand=_LAST_LOW,
           **_rbx(_LOWEST - 1)),
     _case("first-high-user", "a user program may not touch the first byte behind it", "access: mov al, [rbx]",
-          gp(), completes(Effect.READ), cpl=3, setup=(Map(_FIRST_HIGH, layout.SPARE_GPA, PTE_U),),
+          gp(), completes(Effect.READ), cpl=3, setup=(Map(_FIRST_HIGH, layout.SPARE_GPA, layout.USER_PAGE),),
           operand=_FIRST_HIGH, **_rbx(_FIRST_HIGH)),
 )  # fmt: skip
 

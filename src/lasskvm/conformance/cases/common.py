@@ -13,7 +13,6 @@ from lasskvm.conformance import layout
 from lasskvm.conformance.case import Case, Effect, Expected, completes, gp, ss
 from lasskvm.conformance.setup import Bytes, Map, Step
 from lasskvm.memory import PAGE_SIZE
-from lasskvm.x86.paging import PTE_U
 
 __all__ = [
     "HIGH_ABSENT", "HIGH_SUPERVISOR", "HIGH_USER", "LAST_PAGE", "LOW_ABSENT", "LOW_SUPERVISOR", "LOW_USER", "PAGES",
@@ -48,7 +47,7 @@ LAST_PAGE = (1 << 64) - PAGE_SIZE
 
 def last_and_first_page(*, user: bool = False) -> tuple[Step, ...]:
     """Map the last page of the address space and the page at 0, which is behind it: supervisor pages, or user pages."""
-    flags = PTE_U if user else 0
+    flags = layout.USER_PAGE if user else 0
     return Map(LAST_PAGE, layout.SPARE_GPA, flags), Map(0, layout.SPARE_GPA + PAGE_SIZE, flags)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lasskvm.conformance import layout
@@ -9,7 +10,7 @@ from lasskvm.conformance.case import Case, Effect, Expected, Mode, completes, fa
 from lasskvm.conformance.cases.common import LOW_ABSENT, LOW_SUPERVISOR, LOW_USER
 from lasskvm.kvm.structures import Segment
 from lasskvm.x86.exceptions import PF_I, PF_P, PF_U, PF_W
-from lasskvm.x86.registers import AR_DATA, AR_DPL_SHIFT, MASK32
+from lasskvm.x86.registers import AR_DATA, AR_DPL_SHIFT, AR_WRITABLE, MASK32
 
 __all__ = ["CASES"]
 
@@ -62,6 +63,11 @@ _USER = (
           mmio=(LOW_USER,)),
     _both("limit", "a limit is #GP(0), as ever", "access: mov eax, fs:[ebx]", gp(),
           sregs={"fs": _segment(0, 0xFFF)}, registers={"rbx": 0x1000}),
+    _both("limit-last-byte", "... also when only the last byte is beyond it", "access: mov eax, fs:[ebx]", gp(),
+          sregs={"fs": _segment(0, LOW_USER + 2)}, registers={"rbx": LOW_USER}, operand=LOW_USER),
+    _both("read-only-segment", "a write through a read-only segment is #GP(0)", "access: mov fs:[ebx], eax", gp(),
+          sregs={"fs": replace(_segment(0), attributes=AR_DATA & ~AR_WRITABLE | 3 << AR_DPL_SHIFT)},
+          operand=LOW_USER, registers={"rbx": LOW_USER}),
     _both("stack-limit", "that of the stack is #SS(0)", "access: mov eax, [ebp]", ss(),
           sregs={"ss": _segment(0, 0xFFFFFF)}, registers={"rbp": 0x0100_0000}),
     _both("string", "REP MOVSD", "access: rep movsd", completes(_W), operand=LOW_USER,

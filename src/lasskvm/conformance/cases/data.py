@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lasskvm.conformance.case import Case, Effect, Expected, completes, gp, pf
+from lasskvm.conformance import layout
+from lasskvm.conformance.case import COMPLETION_CODE, Case, Effect, Expected, completes, gp, pf
 from lasskvm.conformance.cases.common import HIGH_SUPERVISOR, HIGH_USER, LOW_SUPERVISOR, LOW_USER, PAGES
+from lasskvm.conformance.setup import Bytes, Gate
 from lasskvm.x86.exceptions import PF_P, PF_U, PF_W
 from lasskvm.x86.registers import RFLAGS_AC
 
@@ -158,9 +160,34 @@ def _after_stac() -> list[Case]:
     ]  # fmt: skip
 
 
+_READ_RBX = bytes.fromhex("488b03")
+#: Below and above the split, code of the other privilege level that reads at RBX.
+_USER_CODE, _KERNEL_CODE = layout.LOW_USER, layout.HIGH_SUPERVISOR
+_ACROSS_PRIVILEGES = (
+    Case(
+        id=f"{_GROUP}/user-behind-kernel", group=_GROUP,
+        words="what the kernel has just read with AC=1 is not open to the user program that it returns to",
+        program=f"stac; mov rax, [rbx]; push {layout.USER_SS}; push {layout.USER_STACK_TOP}; push {RFLAGS_AC | 2:#x}; "
+        f"push {layout.USER_CS}; push {_USER_CODE}; access: iretq",
+        registers={"rbx": HIGH_SUPERVISOR}, setup=(Bytes(_USER_CODE, _READ_RBX + COMPLETION_CODE),), forced=False,
+        lass=gp(_USER_CODE, cs=layout.USER_CS), off=pf(PF_P | PF_U, HIGH_SUPERVISOR, _USER_CODE),
+    ),
+    Case(
+        id=f"{_GROUP}/kernel-behind-user", group=_GROUP, cpl=3,
+        words="what a user program has just read is not open to the kernel that it calls",
+        program=f"mov rax, [rbx]; access: int {layout.DONE_VECTOR:#x}", registers={"rbx": LOW_USER},
+        setup=(
+            Gate(layout.DONE_VECTOR, _KERNEL_CODE),
+            Bytes(_KERNEL_CODE, _READ_RBX + COMPLETION_CODE),
+        ),
+        forced=False, lass=gp(_KERNEL_CODE, cs=layout.KERNEL_CS), off=pf(PF_P, LOW_USER, _KERNEL_CODE),
+    ),
+)  # fmt: skip
+
 CASES: tuple[Case, ...] = (
     *(_case(0, access, *row) for access in _ACCESSES for row in _SUPERVISOR),
     *(_case(3, access, *row) for access in _ACCESSES for row in _USER),
     *_sizes(),
     *_after_stac(),
+    *_ACROSS_PRIVILEGES,
 )

@@ -7,7 +7,6 @@ from lasskvm.conformance.case import COMPLETION_CODE, Case, Effect, Expected, co
 from lasskvm.conformance.cases.common import LAST_PAGE, last_and_first_page
 from lasskvm.conformance.setup import Bytes, Map
 from lasskvm.x86.exceptions import PF_I, PF_P, PF_U
-from lasskvm.x86.paging import PTE_U
 from lasskvm.x86.registers import RFLAGS_AC
 
 __all__ = ["CASES"]
@@ -109,7 +108,7 @@ _SPECIAL = (
         id=f"{_GROUP}/user-code-at-the-top-of-the-lower-half", group=_GROUP, cpl=3,
         words="a fetch just below the split's lower end is a user's own",
         program="access: jmp rbx", registers={"rbx": 0x7FFF_FFFF_F000},
-        setup=(Map(0x7FFF_FFFF_F000, layout.SPARE_GPA, PTE_U),), operand=0x7FFF_FFFF_F000,
+        setup=(Map(0x7FFF_FFFF_F000, layout.SPARE_GPA, layout.USER_PAGE),), operand=0x7FFF_FFFF_F000,
         lass=completes(Effect.READ), off=completes(Effect.READ),
     ),
     Case(
