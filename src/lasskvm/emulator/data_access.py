@@ -42,7 +42,14 @@ def load(ctx: Emulation, segment: int, offset: int, size: int, flags: int = 0) -
         if page is not None and address & PAGE_MASK <= PAGE_SIZE - size:
             start = address + page[1]
             return int.from_bytes(page[0][start : start + size], "little")
-    return int.from_bytes(load_bytes(ctx, segment, offset, size, flags), "little")
+    pieces = _locate(ctx, segment, offset, size, flags)
+    if len(pieces) == 1 and size <= _BUS_BYTES:
+        gpa = pieces[0][0]
+        if ctx.memory.find(gpa) is not None:
+            return ctx.memory.load(gpa, size)
+        ctx.leave_block = True
+        return ctx.mmio.read(gpa, size)
+    return int.from_bytes(b"".join([_load_piece(ctx, gpa, length) for gpa, length in pieces]), "little")
 
 
 def store(ctx: Emulation, segment: int, offset: int, size: int, value: int, flags: int = 0) -> None:

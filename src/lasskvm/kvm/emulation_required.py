@@ -11,7 +11,18 @@ one is then not refused (``docs/differences.md``).
 from __future__ import annotations
 
 from lasskvm.emulator.modes import in_64bit_mode, in_protected_mode
-from lasskvm.state import ATTRIBUTES, BASE, CPL, CR0, LIMIT, RFLAGS, SEGMENT_WORDS, SEGMENTS, Words
+from lasskvm.state import (
+    ATTRIBUTES,
+    BASE,
+    CPL,
+    CR0,
+    LIMIT,
+    RFLAGS,
+    SEGMENT_WORDS,
+    SEGMENTS,
+    Words,
+    segment_word,
+)
 from lasskvm.x86.registers import (
     AR_CODE,
     AR_DB,
@@ -33,7 +44,7 @@ __all__ = ["emulation_required"]
 
 _USER_CPL = 3
 #: Segment bases that do not count in 64-bit mode; direct execution adds them where an override names the segment.
-_IGNORED_BASES = tuple(SEGMENTS + SEGMENT_WORDS * number + BASE for number in (ES, CS, SS, DS))
+_ES_BASE, _CS_BASE, _SS_BASE, _DS_BASE = (segment_word(number, BASE) for number in (ES, CS, SS, DS))
 
 
 def emulation_required(words: Words) -> bool:
@@ -41,7 +52,7 @@ def emulation_required(words: Words) -> bool:
     if words[CPL] == _USER_CPL and words[RFLAGS] & RFLAGS_AC and words[CR0] & CR0_AM:
         return True
     if in_64bit_mode(words):
-        return any(words[base] for base in _IGNORED_BASES)
+        return bool(words[_ES_BASE] or words[_CS_BASE] or words[_SS_BASE] or words[_DS_BASE])
     return not in_protected_mode(words) or not _segments_are_flat(words)
 
 
