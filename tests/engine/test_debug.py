@@ -248,7 +248,6 @@ def test_io_breakpoint_traps_behind_the_port_access(guest: Guest) -> None:
     assert dr6(guest) == DR6_B0
 
 
-@pytest.mark.xfail(strict=True, reason="the run loop completes port I/O without looking at I/O breakpoints")
 def test_io_breakpoint_traps_behind_a_port_access_that_the_vmm_answered(guest: Guest) -> None:
     guest.cr4 |= CR4_DE
     outcome = guest.execute(breakpoint_program("0x99", ENABLE_0 | ON_IO, "in al, 0x99; after: nop"))

@@ -166,9 +166,16 @@ def test_page_tables_in_a_hole_are_all_ones(guest: Guest) -> None:
     assert isinstance(guest.execute("nop").exit, ShutdownExit)
 
 
-def test_loads_from_a_hole_are_all_ones_and_stores_are_dropped(guest: Guest) -> None:
+def test_loads_from_a_hole_are_all_ones_and_stores_are_dropped_unless_the_vmm_answers(guest: Guest) -> None:
     guest.tables.map(HIGH_SUPERVISOR, HOLE)
-    outcome = guest.execute("mov [rbx], rbx; mov rax, [rbx]; mov cl, [rbx + 5]", rbx=HIGH_SUPERVISOR)
+    guest.start("mov [rbx], rbx; mov rax, [rbx]; mov cl, [rbx + 5]", rbx=HIGH_SUPERVISOR)
+    exits = [guest.vcpu.run() for _ in range(3)]
+    assert exits == [
+        MmioExit(HOLE, 8, write=True, data=HIGH_SUPERVISOR),
+        MmioExit(HOLE, 8, write=False, data=2**64 - 1),
+        MmioExit(HOLE + 5, 1, write=False, data=0xFF),
+    ]
+    outcome = guest.run()
     assert outcome.completed
     assert (outcome.registers.rax, outcome.registers.rcx) == (2**64 - 1, 0xFF)
 

@@ -16,6 +16,7 @@ from iced_x86 import (
 from lasskvm.emulator.decode import Decoded, decode
 from lasskvm.emulator.offered import as_offered, is_offered
 from lasskvm.fuzz import layout
+from lasskvm.fuzz.image import case_image
 from lasskvm.fuzz.judging import Mismatch
 from lasskvm.fuzz.mismatch_queries import (
     SSE,
@@ -208,8 +209,10 @@ def calls_wild_target(mismatch: Mismatch) -> bool:
 
 
 def stores_to_code(mismatch: Mismatch) -> bool:
-    """The code has become another."""
-    return any(difference.region == "code" for difference in mismatch.differences)
+    """One of the paths has changed the code."""
+    code = slice(layout.CODE_GPA, layout.CODE_GPA + layout.CODE_BYTES)
+    before = case_image(mismatch.case)[code].tobytes()
+    return any(end.memory[code].tobytes() != before for end in mismatch.ends)
 
 
 def leaves_loop(mismatch: Mismatch) -> Differences:
