@@ -225,6 +225,10 @@ EQUIVALENT_FOR = {
         "linearize: if segment == SS and in_64bit_mode(words):",
         "linearize: flags |= 0",
     ),
+    "loads and stores have asked for the checks of the segment before they come here": (
+        "linearize: address = segment_address(ctx, segment, offset, 0, flags)",
+        "linearize: address = segment_address(ctx, segment, offset, size, 0)",
+    ),
     "which table is which does not matter as long as they are apart": (
         "select: way = (words[CPL] == _USER_CPL) << 1 | (words[RFLAGS] & RFLAGS_AC == 0)",
         "select: way = (words[CPL] != _USER_CPL) << 1 | (words[RFLAGS] & RFLAGS_AC != 0)",

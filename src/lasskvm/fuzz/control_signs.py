@@ -16,7 +16,7 @@ from iced_x86 import (
 from lasskvm.emulator.decode import Decoded, decode
 from lasskvm.emulator.offered import as_offered, is_offered
 from lasskvm.fuzz import layout
-from lasskvm.fuzz.image import case_image
+from lasskvm.fuzz.image import FORCED_EMULATION_PREFIX, case_image
 from lasskvm.fuzz.judging import Mismatch
 from lasskvm.fuzz.mismatch_queries import (
     SSE,
@@ -32,6 +32,7 @@ from lasskvm.fuzz.mismatch_queries import (
     with_bits,
     with_names,
 )
+from lasskvm.fuzz.paths import PathKind
 from lasskvm.x86.exceptions import DB, GP, NM, PF, PF_P, PF_RSVD, PF_W, SS, UD
 from lasskvm.x86.paging import PTE_A, PTE_D
 from lasskvm.x86.registers import CR4_OSFXSR, MASK32, RFLAGS_RF
@@ -41,6 +42,8 @@ _REX_FIRST, _REX_W, _REX_LAST = 0x40, 0x08, 0x4F
 _ESCAPE = 0x0F
 _REPEAT_PREFIXES = frozenset((0xF2, 0xF3))
 _LONGEST_INSTRUCTION = 15
+#: Where an instruction pointer can begin in a word of memory.
+_WORDS = (0, 16, 32, 48)
 _SIGN_BIT16 = 0x8000
 _DR6_HITS = 0xF
 _NEAR_BRANCHES = frozenset(
@@ -86,6 +89,21 @@ def updated_over_page_end(mismatch: Mismatch) -> Differences:
     fault = with_names(mismatch, lambda name: name == "cr2")
     error_code = with_bits(mismatch, PF_P | PF_W | PF_RSVD, lambda region: "stack" in region)
     return fault + error_code + with_bits(mismatch, PTE_A | PTE_D, lambda region: region == "page tables")
+
+
+def fetches_prefix(mismatch: Mismatch) -> Differences:
+    """Addresses that are those of the forced emulation prefix on one path, and of the instruction on the other."""
+    if PathKind.FORCED not in mismatch.paths:
+        return ()
+    places = with_names(mismatch, lambda name: name in ("rip", "cr2") or "stack" in name or "page" in name)
+    distance = len(FORCED_EMULATION_PREFIX)
+    return tuple(
+        difference
+        for difference in places
+        if difference.first
+        and abs(int(difference.first, 0) - int(difference.second, 0))
+        in [distance << shift for shift in _WORDS]
+    )
 
 
 def compares_strings(mismatch: Mismatch) -> bool:

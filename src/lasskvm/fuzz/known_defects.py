@@ -96,6 +96,11 @@ KNOWN_DEFECTS: tuple[Defect, ...] = (
         "Whether they then access XMM registers and MXCSR is left to the processor: the translator does not.",
         _all_if(control_signs.saves_without_sse),
     ),
+    Defect(
+        "fetch of the forced emulation prefix",
+        'On the path "forced" the prefix is fetched first, so a fault in that reports its address.',
+        control_signs.fetches_prefix,
+    ),
     # Decoding and control flow
     Defect(
         "instructions that are not offered",
@@ -246,8 +251,9 @@ KNOWN_DEFECTS: tuple[Defect, ...] = (
         _all_if(operand_signs.exchanges_register),
     ),
     Defect(
-        "conversions of 8 bytes",
-        "CVTPS2PD, CVTDQ2PD, CVTPS2PI and CVTTPS2PI read 8 bytes of memory; the translator reads 16.",
+        "operands of 4 and 8 bytes",
+        "CVTPS2PD, CVTDQ2PD, CVTPS2PI and CVTTPS2PI read 8 bytes of memory, ROUNDSS 4 and ROUNDSD 8; the translator "
+        "reads 16.",
         _all_if(operand_signs.reads_too_much),
     ),
     Defect(
@@ -281,9 +287,9 @@ KNOWN_DEFECTS: tuple[Defect, ...] = (
         operand_signs.lacks_sse_exceptions,
     ),
     Defect(
-        "halves of 16-byte loads",
-        "The translator loads 8 bytes at a time; when the second half faults, the first is in the register.",
-        operand_signs.loads_halves,
+        "halves of 16-byte accesses",
+        "The translator accesses 8 bytes at a time; when the second half faults, the first is done.",
+        operand_signs.accesses_halves,
     ),
     Defect(
         "choice of a NaN",
@@ -307,8 +313,9 @@ KNOWN_DEFECTS: tuple[Defect, ...] = (
         _all_if(operand_signs.stores_decimal),
     ),
     Defect(
-        "denormals of MIN and MAX",
-        "With MXCSR.DAZ a denormal operand counts as zero, also as the result; the translator returns it as it is.",
+        "denormals",
+        "With MXCSR.DAZ a denormal operand counts as zero, also as the result of MIN and MAX; with MXCSR.FZ a denormal "
+        "result becomes zero. The translator knows the one in part, the other not at all.",
         operand_signs.keeps_denormals,
     ),
     Defect(

@@ -32,7 +32,7 @@ from lasskvm.fuzz.mismatch_queries import (
 )
 from lasskvm.fuzz.paths import Ending
 from lasskvm.x86.exceptions import AC, GP, MF, PF, SS, XM
-from lasskvm.x86.fpu import MXCSR_DAZ
+from lasskvm.x86.fpu import MXCSR_DAZ, MXCSR_FZ
 from lasskvm.x86.registers import AR_UNUSABLE, MASK32, RFLAGS_AC, RFLAGS_ARITHMETIC, RFLAGS_RF
 
 _REX_FIRST, _REX_W, _REX_LAST = 0x40, 0x08, 0x4F
@@ -47,7 +47,12 @@ _PORT_STRINGS = frozenset(
 _RESERVED_FLAGS = 0x8028
 _PUSH_ALL = frozenset((Mnemonic.PUSHA, Mnemonic.PUSHAD, Mnemonic.POPA, Mnemonic.POPAD))
 _PUSH_FLAGS = frozenset((Mnemonic.PUSHF, Mnemonic.PUSHFD, Mnemonic.PUSHFQ))
-_HALF_READERS = frozenset((Mnemonic.CVTPS2PD, Mnemonic.CVTDQ2PD, Mnemonic.CVTPS2PI, Mnemonic.CVTTPS2PI))
+_HALF_READERS = frozenset(
+    (
+        Mnemonic.CVTPS2PD, Mnemonic.CVTDQ2PD, Mnemonic.CVTPS2PI, Mnemonic.CVTTPS2PI, Mnemonic.ROUNDSS,
+        Mnemonic.ROUNDSD,
+    )
+)  # fmt: skip
 _HORIZONTAL = frozenset(
     (
         Mnemonic.PHADDW, Mnemonic.PHADDD, Mnemonic.PHADDSW, Mnemonic.PHSUBW, Mnemonic.PHSUBD, Mnemonic.PHSUBSW,
@@ -57,12 +62,7 @@ _HORIZONTAL = frozenset(
 _FX_AREAS = frozenset((Mnemonic.FXSAVE, Mnemonic.FXSAVE64, Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64))
 #: Floating-point formats: bits, and the magnitude of infinity, above which there are NaNs.
 _FLOATS = ((32, 0x7F80_0000), (64, 0x7FF0 << 48))
-_EXTREMA = frozenset(
-    (
-        Mnemonic.MINPS, Mnemonic.MINPD, Mnemonic.MINSS, Mnemonic.MINSD, Mnemonic.MAXPS, Mnemonic.MAXPD,
-        Mnemonic.MAXSS, Mnemonic.MAXSD,
-    )
-)  # fmt: skip
+_X87_COMPARISONS = frozenset((Mnemonic.FCOMI, Mnemonic.FCOMIP, Mnemonic.FUCOMI, Mnemonic.FUCOMIP))
 _TEXT_COMPARISONS = frozenset(
     (
         Mnemonic.PCMPESTRI, Mnemonic.PCMPESTRM, Mnemonic.PCMPISTRI, Mnemonic.PCMPISTRM, Mnemonic.PCMPESTRI64,
@@ -200,12 +200,12 @@ def exchanges_register(mismatch: Mismatch) -> bool:
     )
 
 
-def loads_halves(mismatch: Mismatch) -> Differences:
-    """XMM registers, where both paths have refused a load of 16 bytes."""
+def accesses_halves(mismatch: Mismatch) -> Differences:
+    """XMM registers and data, where both paths have refused an SSE instruction."""
     first, second = mismatch.vectors()
     if first != second or first not in (PF, GP, SS) or not uses(mismatch, SSE):
         return ()
-    return with_names(mismatch, lambda name: name.startswith("xmm"))
+    return with_names(mismatch, lambda name: name.startswith(("xmm", "data page")) or "stack" in name)
 
 
 def chooses_nan(mismatch: Mismatch) -> Differences:
@@ -270,7 +270,7 @@ def repeats_nothing(mismatch: Mismatch) -> Differences:
 
 
 def reads_too_much(mismatch: Mismatch) -> bool:
-    """A conversion of 8 bytes of memory, by an instruction that takes 16 from a register."""
+    """A conversion or rounding of 4 or 8 bytes of memory, by an instruction that has a whole register otherwise."""
     return any_instruction(
         mismatch,
         lambda instruction: instruction.mnemonic in _HALF_READERS and instruction.op1_kind == OpKind.MEMORY,
@@ -291,8 +291,9 @@ def loads_null_stack(mismatch: Mismatch) -> bool:
 
 
 def keeps_denormals(mismatch: Mismatch) -> Differences:
-    """XMM registers, and a minimum or maximum, with MXCSR.DAZ."""
-    if not start_fpu(mismatch.case.data_seed).mxcsr & MXCSR_DAZ or not one_of(mismatch, _EXTREMA):
+    """XMM registers, and an SSE instruction, with MXCSR.DAZ or MXCSR.FZ."""
+    special = start_fpu(mismatch.case.data_seed).mxcsr & (MXCSR_DAZ | MXCSR_FZ)
+    if not special or not uses(mismatch, SSE):
         return ()
     return with_names(mismatch, lambda name: name.startswith("xmm"))
 
@@ -336,7 +337,7 @@ def lacks_sse_exceptions(mismatch: Mismatch) -> Differences:
 
 
 def differs_in_x87(mismatch: Mismatch) -> Differences:
-    """x87 registers, and what x87 instructions leave elsewhere; all of it where one path has raised #MF."""
+    """x87 registers, and what x87 instructions leave elsewhere; all of it behind #MF, or flags that others read."""
 
     def uses_mmx(instruction: Instruction) -> bool:
         if instruction.mnemonic in (Mnemonic.CVTPI2PS, Mnemonic.CVTPI2PD):
@@ -346,7 +347,7 @@ def differs_in_x87(mismatch: Mismatch) -> Differences:
 
     if not uses(mismatch, _X87) and not any_instruction(mismatch, uses_mmx):
         return ()
-    if MF in mismatch.vectors():
+    if MF in mismatch.vectors() or one_of(mismatch, _X87_COMPARISONS):
         return mismatch.differences
 
     def is_result(name: str) -> bool:

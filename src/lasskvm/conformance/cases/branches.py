@@ -112,7 +112,8 @@ _SPECIAL = (
         registers={"rbx": _LOW}, rflags=RFLAGS_AC,
     ),
     _case(
-        "call-no-smap", "nor does CR4.SMAP", "access: call rbx", _LOW, gp(_LOW), registers={"rbx": _LOW}, smap=False,
+        "call-no-smap", "CR4.SMAP makes no difference to a fetch",
+        "access: call rbx", _LOW, gp(_LOW), registers={"rbx": _LOW}, smap=False,
     ),
     _case(
         "iretq-to-user-high", "IRET to user mode above the split: the fault is the user's", "access: iretq",

@@ -39,21 +39,23 @@ def _rbx(address: int) -> dict[str, Any]:
 
 _HOLE = (
     _both("supervisor-read", "a supervisor read of the hole's first address", _READ, gp(), **_rbx(_LOWEST)),
-    _both("supervisor-read-upper", "... and of its last", _READ, gp(), **_rbx(_HIGHEST)),
+    _both("supervisor-read-upper", "a supervisor read of the hole's last address", _READ, gp(), **_rbx(_HIGHEST)),
     _both("supervisor-read-ac1", "AC=1 opens the lower half, but not the hole", _READ, gp(), rflags=RFLAGS_AC,
           **_rbx(_LOWEST)),
-    _both("supervisor-read-no-smap", "and so it is without CR4.SMAP", _READ, gp(), smap=False, **_rbx(_LOWEST)),
+    _both("supervisor-read-no-smap", "without CR4.SMAP the lower half is open, but not the hole",
+          _READ, gp(), smap=False, **_rbx(_LOWEST)),
     _both("supervisor-write-upper", "a write of the upper part of the hole", "access: mov [rbx], rax", gp(),
           **_rbx(0xFFFF_0000_0000_0000)),
     _both("user-read", "a user read of the hole's first address", _READ, gp(), cpl=3, **_rbx(_LOWEST)),
-    _both("user-read-upper", "... and of its last", _READ, gp(), cpl=3, **_rbx(_HIGHEST)),
+    _both("user-read-upper", "a user read of the hole's last address", _READ, gp(), cpl=3, **_rbx(_HIGHEST)),
     _both("user-write", "a user write", "access: mov [rbx], eax", gp(), cpl=3, **_rbx(0x1234_0000_0000_0000)),
     _both("push", "a push into the hole is #SS(0)", "access: push rax", ss(), registers={"rsp": _LOWEST + 0x100}),
-    _both("push-user", "... also by a user program", "access: push rax", ss(), cpl=3,
+    _both("push-user", "a user program's push into the hole is #SS(0)", "access: push rax", ss(), cpl=3,
           registers={"rsp": _LOWEST + 0x100}),
     _both("rbp-operand", "an operand based on RBP is #SS(0)", "access: mov rax, [rbp]", ss(), cpl=3,
           registers={"rbp": _HIGHEST - 0x100}),
-    _both("fs-rbp-operand", "... but not with an FS override", "access: mov rax, fs:[rbp]", gp(), cpl=3,
+    _both("fs-rbp-operand", "an operand based on RBP with an FS override is #GP(0)",
+          "access: mov rax, fs:[rbp]", gp(), cpl=3,
           registers={"rbp": _HIGHEST - 0x100}),
     _both("crossing-up-user", "a user access from the lower half's last byte into the hole", _READ, gp(), cpl=3,
           setup=(Map(_LAST_LOW, layout.SPARE_GPA, layout.USER_PAGE),), operand=_LAST_LOW, **_rbx(_LOWEST - 4)),
@@ -65,7 +67,7 @@ _HOLE = (
     _both("clflush", "CLFLUSH", "access: clflush [rbx]", gp(), **_rbx(_LOWEST)),
     _both("lgdt-operand", "LGDT's operand", "access: lgdt [rbx]", gp(), **_rbx(_LOWEST)),
     _both("prefetch", "a prefetch does not care", "access: prefetcht0 [rbx]", completes(), **_rbx(_LOWEST)),
-    _both("nop", "nor does a NOP", "access: nop dword [rbx]", completes(), **_rbx(_LOWEST)),
+    _both("nop", "a NOP does not care", "access: nop dword [rbx]", completes(), **_rbx(_LOWEST)),
 )  # fmt: skip
 
 _EDGES = (
@@ -83,7 +85,7 @@ _EDGES = (
 
 _BRANCHES = (
     _both("jump", "a near JMP into the hole faults itself: RIP is the JMP", "access: jmp rbx", gp(), **_rbx(_LOWEST)),
-    _both("jump-user", "... also in user mode", "access: jmp rbx", gp(), cpl=3, **_rbx(_HIGHEST)),
+    _both("jump-user", "a near JMP into the hole in user mode", "access: jmp rbx", gp(), cpl=3, **_rbx(_HIGHEST)),
     _both("call", "a near CALL into the hole: nothing is pushed", "access: call rbx", gp(), **_rbx(_LOWEST)),
     _both("ret", "RET into the hole: nothing is popped", "push rbx; access: ret", gp(), cpl=3, **_rbx(_LOWEST)),
 )  # fmt: skip
@@ -98,7 +100,8 @@ _FIVE_LEVELS = (
     _case("la57-supervisor-low", "a supervisor read below it", _READ, gp(), pf(0, _LOW_57), **_LA57, **_rbx(_LOW_57)),
     _both("la57-user-low", "a user read below it is no violation", _READ, pf(PF_U, _LOW_57), cpl=3, **_LA57,
           **_rbx(_LOW_57)),
-    _both("la57-supervisor-high", "nor is a supervisor read above it", _READ, pf(0, _HIGH_57), **_LA57,
+    _both("la57-supervisor-high", "57-bit addresses: a supervisor read above the split is no violation",
+          _READ, pf(0, _HIGH_57), **_LA57,
           **_rbx(_HIGH_57)),
     _both("la57-hole", "in the 57-bit hole it is the canonical rule", _READ, gp(), rflags=RFLAGS_AC, **_LA57,
           **_rbx(1 << 56)),

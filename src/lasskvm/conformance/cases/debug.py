@@ -43,12 +43,14 @@ _STEPPING = (
         registers={"rbx": LOW_SUPERVISOR}, operand=LOW_SUPERVISOR, mmio=(),
     ),
     _case(
-        "step-violation-user", "... at CPL 3", "access: mov [rbx], rax; next: nop", gp(tf=1, dr6=DR6_FIXED),
+        "step-violation-user", "single-step of a violation at CPL 3",
+        "access: mov [rbx], rax; next: nop", gp(tf=1, dr6=DR6_FIXED),
         fault(DB, None, "next").but(effect=Effect.WRITTEN), rflags=RFLAGS_TF, cpl=3, registers={"rbx": HIGH_USER},
         operand=HIGH_USER,
     ),
     _case(
-        "step-stack-violation", "... of a push", "access: push rax; next: nop", ss(tf=1, dr6=DR6_FIXED),
+        "step-stack-violation", "single-step of a push that is a violation",
+        "access: push rax; next: nop", ss(tf=1, dr6=DR6_FIXED),
         fault(DB, None, "next").but(effect=Effect.WRITTEN), rflags=RFLAGS_TF, cpl=3,
         registers={"rsp": HIGH_USER + 8}, operand=HIGH_USER,
     ),
@@ -58,7 +60,8 @@ _STEPPING = (
         fault(DB, None, _LOW, dr6=_STEPPED), rflags=RFLAGS_TF, registers={"rbx": _LOW}, operand=_LOW,
     ),
     _case(
-        "step-branch-user", "... at CPL 3, above the split", "access: call rbx",
+        "step-branch-user", "a branch above the split at CPL 3 has completed: #DB at its target comes first",
+        "access: call rbx",
         fault(DB, None, layout.HIGH_USER, dr6=_STEPPED).but(effect=Effect.NONE),
         fault(DB, None, layout.HIGH_USER, dr6=_STEPPED), rflags=RFLAGS_TF, cpl=3,
         registers={"rbx": layout.HIGH_USER}, operand=layout.HIGH_USER,

@@ -63,9 +63,11 @@ def _low_idt(name: str, words: str, program: str, off: Expected, **more: Any) ->
 _HALTS = halts("halted").but(effect=Effect.NONE)
 _LOW_IDT_CASES = (
     _low_idt("int", "INT n with the IDT below the split: triple fault", _INT, _ARRIVES),
-    _low_idt("int-ac1", "... with AC=1, which does not help an implicit access", _INT, _ARRIVES, rflags=RFLAGS_AC),
-    _low_idt("int-user", "... at CPL 3, which makes no difference either", _INT, _ARRIVES, cpl=3),
-    _low_idt("int-compatibility", "... by a 32-bit program", _INT, _ARRIVES, cpl=3, mode=Mode.COMPATIBILITY),
+    _low_idt("int-ac1", "INT n with the IDT below the split and AC=1, which does not help an implicit access",
+            _INT, _ARRIVES, rflags=RFLAGS_AC),
+    _low_idt("int-user", "INT n at CPL 3 with the IDT below the split", _INT, _ARRIVES, cpl=3),
+    _low_idt("int-compatibility", "INT n of a 32-bit program with the IDT below the split",
+            _INT, _ARRIVES, cpl=3, mode=Mode.COMPATIBILITY),
     _low_idt("int3", "INT3", "access: int3; next: nop", fault(BP, None, "next"), cpl=3),
     _low_idt("ud", "#UD", "access: ud2; next: nop", fault(UD), forced=False),
     _low_idt("divide-error", "#DE", "access: div ecx", fault(DE), registers={"rcx": 0}),
@@ -96,7 +98,8 @@ _ON_LOW_STACK = fault(_VECTOR, None, "next").but(effect=Effect.WRITTEN)
 _STACK_CASES = (
     _stacks("rsp0-low", "an interrupt of a user program whose kernel stack is below the split: #SS(0)", _INT, ss(),
             _ON_LOW_STACK, _ON_RSP0, _RSP0_LOW, cpl=3, **_WATCHED),
-    _stacks("ist-low", "... whose IST stack is", _INT, ss(), _ON_LOW_STACK, _ON_IST2, _IST2_LOW, cpl=3, **_WATCHED),
+    _stacks("ist-low", "an interrupt of a user program whose IST stack is below the split: #SS(0)",
+            _INT, ss(), _ON_LOW_STACK, _ON_IST2, _IST2_LOW, cpl=3, **_WATCHED),
     _stacks("ist-low-supervisor", "an interrupt of the kernel on an IST stack below the split", _INT, ss(),
             _ON_LOW_STACK, _ON_IST2, _IST2_LOW, **_WATCHED),
     _stacks("same-stack-low", "an interrupt of the kernel while its stack is below the split", _INT, ss(),
@@ -118,7 +121,8 @@ _DOUBLE_FAULTS = (
         setup=(Gate(GP, _handler(GP), ist=2), _IST2_LOW), cpl=3, registers={"rbx": HIGH_USER}, operand=_LOW,
     ),
     _case(
-        "ss-becomes-df", "... a stack violation likewise", "access: push rax", fault(DF, 0), completes(Effect.NONE),
+        "ss-becomes-df", "a stack violation whose own frame cannot be pushed: #DF",
+        "access: push rax", fault(DF, 0), completes(Effect.NONE),
         setup=(Gate(SS, _handler(SS), ist=2), _IST2_LOW), cpl=3, registers={"rsp": HIGH_USER + 8}, operand=_LOW,
     ),
     _case(
@@ -140,11 +144,13 @@ _HANDLERS = (
         gp(_LOW, cs=layout.KERNEL_CS), completes(_READ), setup=(Gate(_VECTOR, _LOW),), operand=_LOW,
     ),
     _case(
-        "handler-low-user", "... for an event of a user program", _INT, gp(_LOW, cs=layout.KERNEL_CS),
+        "handler-low-user", "a handler below the split for an event of a user program",
+        _INT, gp(_LOW, cs=layout.KERNEL_CS),
         completes(_READ), setup=(Gate(_VECTOR, _LOW),), operand=_LOW, cpl=3,
     ),
     _case(
-        "handler-low-ac1", "... whatever AC is", _INT, gp(_LOW, ac=1), completes(_READ), setup=(Gate(_VECTOR, _LOW),),
+        "handler-low-ac1", "a handler below the split with AC=1",
+        _INT, gp(_LOW, ac=1), completes(_READ), setup=(Gate(_VECTOR, _LOW),),
         operand=_LOW, rflags=RFLAGS_AC,
     ),
     _case(

@@ -77,7 +77,8 @@ _WITHOUT_CPUID = (
         registers={"rbx": LOW_SUPERVISOR}, operand=LOW_SUPERVISOR, mmio=(LOW_SUPERVISOR,),
     ),
     _case(
-        "low-fetch-without", "... and execute there", "access: jmp rbx", completes(Effect.READ), has_lass=False,
+        "low-fetch-without", "a processor without LASS lets the kernel execute in the lower half",
+        "access: jmp rbx", completes(Effect.READ), has_lass=False,
         registers={"rbx": layout.LOW_SUPERVISOR}, operand=layout.LOW_SUPERVISOR,
     ),
 )  # fmt: skip
@@ -116,7 +117,7 @@ _WITH_CPUID = (
         needs=frozenset({"lass", "smap"}),
     ),
     _case(
-        "no-effect-any-more", "... also when the bit is cleared",
+        "no-effect-any-more", "the access behind a MOV to CR4 that clears the bit is allowed",
         f"{_CLEAR.replace('access: ', '')}; access: mov rax, [rbx]", completes(Effect.READ),
         registers={"rbx": LOW_SUPERVISOR}, operand=LOW_SUPERVISOR, cr4=CR4_SMAP | CR4_LASS,
         needs=frozenset({"lass", "smap"}),

@@ -83,7 +83,8 @@ _LDT_CASES = (
         completes(_READ), registers=_SELECTOR, cpl=3, **_ldt(_LOW),
     ),
     _case(
-        "ldt-low-user-ac1", "... whatever AC is", _LOAD, gp(), completes(_READ), registers=_SELECTOR, cpl=3,
+        "ldt-low-user-ac1", "at CPL 3, AC=1 does not help the read of an LDT below the split",
+        _LOAD, gp(), completes(_READ), registers=_SELECTOR, cpl=3,
         rflags=RFLAGS_AC, **_ldt(_LOW),
     ),
     _case(
@@ -91,7 +92,7 @@ _LDT_CASES = (
         pf(PF_P, layout.LOW_USER + _LDT_ENTRY), registers=_SELECTOR, **_ldt(layout.LOW_USER),
     ),
     _case(
-        "ldt-low-user-page-ac1", "... SMAP does not look at AC here, either", _LOAD, gp(),
+        "ldt-low-user-page-ac1", "SMAP does not look at AC for an LDT on a low user page, either", _LOAD, gp(),
         pf(PF_P, layout.LOW_USER + _LDT_ENTRY), registers=_SELECTOR, rflags=RFLAGS_AC, **_ldt(layout.LOW_USER),
     ),
     _case(
@@ -99,7 +100,7 @@ _LDT_CASES = (
         completes(_READ), registers=_SELECTOR, **_ldt(_HIGH),
     ),
     _case(
-        "ldt-high-user", "... also for a user program, which may not touch it itself", _LOAD,
+        "ldt-high-user", "an LDT above the split serves a user program that may not touch it itself", _LOAD,
         completes(_READ, fs=layout.LDT_DATA), completes(_READ), registers=_SELECTOR, cpl=3, **_ldt(_HIGH),
     ),
     _case(
@@ -284,16 +285,19 @@ _IO_MAP = (
 )
 _TSS_CASES = (
     _tss("ist", "an IST stack pointer below the split", gp(), _ARRIVES, _INT, _IST7),
-    _tss("ist-ac1", "... with AC=1", gp(), _ARRIVES, _INT, _IST7, rflags=RFLAGS_AC),
-    _tss("ist-user", "... at CPL 3", gp(), _ARRIVES, _INT, _IST7, cpl=3),
-    _tss("ist-no-smap", "... allowed without CR4.SMAP", _ARRIVES, _ARRIVES, _INT, _IST7, smap=False),
+    _tss("ist-ac1", "an IST stack pointer below the split with AC=1", gp(), _ARRIVES, _INT, _IST7, rflags=RFLAGS_AC),
+    _tss("ist-user", "an IST stack pointer below the split at CPL 3", gp(), _ARRIVES, _INT, _IST7, cpl=3),
+    _tss("ist-no-smap", "an IST stack pointer below the split is allowed without CR4.SMAP",
+         _ARRIVES, _ARRIVES, _INT, _IST7, smap=False),
     _tss("own-half", "an IST stack pointer above the split, from the same TSS", _ARRIVES, _ARRIVES, _INT,
          (Gate(_VECTOR, layout.HANDLERS + _VECTOR * layout.HANDLER_BYTES, ist=1),), cpl=3),
     _tss("io-map", "an I/O permission bitmap below the split: a violation, though it would allow the port", gp(),
          completes(_READ), "access: in al, dx", _IO_MAP, cpl=3, registers={"rdx": 0x40}),
-    _tss("io-map-ac1", "... with AC=1", gp(), completes(_READ), "access: in al, dx", _IO_MAP, cpl=3,
+    _tss("io-map-ac1", "an I/O permission bitmap below the split with AC=1",
+         gp(), completes(_READ), "access: in al, dx", _IO_MAP, cpl=3,
          registers={"rdx": 0x40}, rflags=RFLAGS_AC),
-    _tss("io-map-no-smap", "... allowed without CR4.SMAP", completes(_READ), completes(_READ), "access: out dx, al",
+    _tss("io-map-no-smap", "an I/O permission bitmap below the split is allowed without CR4.SMAP",
+         completes(_READ), completes(_READ), "access: out dx, al",
          _IO_MAP, cpl=3, registers={"rdx": 0x40}, smap=False),
     _tss("io-map-not-asked", "at CPL 0 nobody asks the bitmap", completes(Effect.NONE), completes(Effect.NONE),
          "access: in al, dx", _IO_MAP, registers={"rdx": 0x40}),
@@ -315,7 +319,7 @@ _WHOLE = (
         setup=(GdtImage(_LOW),), operand=_LOW, forced=False,
     ),
     _case(
-        "whole-gdt-low-unused", "... but it harms nobody until it is used", "access: nop; hlt; halted: nop",
+        "whole-gdt-low-unused", "a GDT below the split harms nobody until it is used", "access: nop; hlt; halted: nop",
         _UNUSED, _UNUSED, sregs=_LOW_GDT, setup=(GdtImage(_LOW),), operand=_LOW,
     ),
     _case(
@@ -325,7 +329,8 @@ _WHOLE = (
         forced=False,
     ),
     _case(
-        "whole-tss-low-without-stack-switch", "... but one of the kernel's without a stack switch can",
+        "whole-tss-low-without-stack-switch",
+        "with the TSS below the split an exception without a stack switch can be delivered",
         "access: mov rax, [rbx]", gp(), completes(Effect.NONE), sregs=_LOW_TR, setup=(*_LOW_TSS, EveryGate(0)),
         operand=_LOW + 0x800, registers={"rbx": layout.LOW_SUPERVISOR + PAGE_SIZE},
     ),

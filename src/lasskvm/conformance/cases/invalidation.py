@@ -35,12 +35,12 @@ def _invlpg(name: str, words: str, address: int, **more: Any) -> Case:
 
 _INVLPG = (
     _invlpg("low-supervisor", "INVLPG of an address below the split", LOW_SUPERVISOR),
-    _invlpg("low-user", "... of a user page", LOW_USER),
-    _invlpg("low-absent", "... of a page that is not there", LOW_ABSENT),
-    _invlpg("high-supervisor", "... of an address above the split", HIGH_SUPERVISOR),
-    _invlpg("not-canonical", "... of an address that is not canonical", _NOT_CANONICAL),
-    _invlpg("ac1", "... with AC=1", LOW_SUPERVISOR, rflags=RFLAGS_AC),
-    _invlpg("no-smap", "... without SMAP", LOW_SUPERVISOR, smap=False),
+    _invlpg("low-user", "INVLPG of a user page", LOW_USER),
+    _invlpg("low-absent", "INVLPG of a page that is not there", LOW_ABSENT),
+    _invlpg("high-supervisor", "INVLPG of an address above the split", HIGH_SUPERVISOR),
+    _invlpg("not-canonical", "INVLPG of an address that is not canonical", _NOT_CANONICAL),
+    _invlpg("ac1", "INVLPG with AC=1", LOW_SUPERVISOR, rflags=RFLAGS_AC),
+    _invlpg("no-smap", "INVLPG without SMAP", LOW_SUPERVISOR, smap=False),
     Case(
         id=f"{_GROUP}/invlpg-rbp", group=_GROUP, words="INVLPG based on RBP is no stack access: it is none at all",
         program="access: invlpg [rbp]", registers={"rbp": LOW_SUPERVISOR}, operand=LOW_SUPERVISOR,
@@ -77,11 +77,11 @@ _INVPCID = (
         completes(_READ), completes(_READ),
     ),
     _invpcid(
-        "target-high-user", "... also on a user page above the split", HIGH_SUPERVISOR, HIGH_USER,
+        "target-high-user", "INVPCID's target may be a user page above the split", HIGH_SUPERVISOR, HIGH_USER,
         completes(_READ), completes(_READ),
     ),
     _invpcid(
-        "target-not-canonical", "... but it must be canonical", HIGH_SUPERVISOR, _NOT_CANONICAL,
+        "target-not-canonical", "INVPCID's target must be canonical", HIGH_SUPERVISOR, _NOT_CANONICAL,
         gp().but(effect=_READ), gp().but(effect=_READ),
     ),
     _invpcid(
@@ -89,33 +89,40 @@ _INVPCID = (
         gp(), completes(_READ),
     ),
     _invpcid(
-        "descriptor-low-target-high", "... whatever its target", LOW_SUPERVISOR, HIGH_SUPERVISOR, gp(),
+        "descriptor-low-target-high", "INVPCID's descriptor below the split is a violation whatever its target",
+        LOW_SUPERVISOR, HIGH_SUPERVISOR, gp(),
         completes(_READ),
     ),
     _invpcid(
-        "descriptor-low-ac1", "... allowed with AC=1", LOW_SUPERVISOR, LOW_SUPERVISOR, completes(_READ),
+        "descriptor-low-ac1", "INVPCID's descriptor may be below the split with AC=1",
+        LOW_SUPERVISOR, LOW_SUPERVISOR, completes(_READ),
         completes(_READ), rflags=RFLAGS_AC,
     ),
     _invpcid(
-        "descriptor-low-no-smap", "... and without SMAP", LOW_SUPERVISOR, LOW_SUPERVISOR, completes(_READ),
+        "descriptor-low-no-smap", "INVPCID's descriptor may be below the split without SMAP",
+        LOW_SUPERVISOR, LOW_SUPERVISOR, completes(_READ),
         completes(_READ), smap=False,
     ),
     _invpcid(
-        "descriptor-low-user", "... on a user page: violation, or SMAP's page fault", LOW_USER, LOW_SUPERVISOR,
+        "descriptor-low-user", "INVPCID's descriptor on a low user page: violation, or SMAP's page fault",
+        LOW_USER, LOW_SUPERVISOR,
         gp(), pf(PF_P, LOW_USER),
     ),
     _invpcid(
-        "descriptor-rbp", "... based on RBP: #SS(0)", LOW_SUPERVISOR, LOW_SUPERVISOR, ss(), completes(_READ), at="rbp",
+        "descriptor-rbp", "INVPCID's descriptor at [RBP]: #SS(0)",
+        LOW_SUPERVISOR, LOW_SUPERVISOR, ss(), completes(_READ), at="rbp",
     ),
     _invpcid(
         "single-context", "the descriptor is read for every type: single context", LOW_SUPERVISOR, 0, gp(),
         completes(_READ), kind=_CONTEXT,
     ),
     _invpcid(
-        "all-contexts", "... all contexts", LOW_SUPERVISOR, 0, gp(), completes(_READ), kind=_ALL,
+        "all-contexts", "the descriptor is read for every type: all contexts",
+        LOW_SUPERVISOR, 0, gp(), completes(_READ), kind=_ALL,
     ),
     _invpcid(
-        "all-but-global", "... all but global translations", LOW_SUPERVISOR, 0, gp(), completes(_READ),
+        "all-but-global", "the descriptor is read for every type: all but global translations",
+        LOW_SUPERVISOR, 0, gp(), completes(_READ),
         kind=_ALL_BUT_GLOBAL,
     ),
     _invpcid(

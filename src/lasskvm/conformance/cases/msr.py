@@ -50,9 +50,11 @@ def _wrmsr() -> list[Case]:
         found += [
             _case(f"{name}-low", f"WRMSR of an address below the split: {name}", _WRITE_AND_READ,
                   completes(rax=LOW_SUPERVISOR), **_write(index, LOW_SUPERVISOR, feature)),
-            _case(f"{name}-high", f"... above it: {name}", _WRITE_AND_READ, completes(rax=HIGH_USER),
+            _case(f"{name}-high", f"WRMSR of an address above the split: {name}",
+                  _WRITE_AND_READ, completes(rax=HIGH_USER),
                   **_write(index, HIGH_USER, feature)),
-            _case(f"{name}-not-canonical", f"... and in the hole, which is #GP(0): {name}", _WRITE_AND_READ, gp(),
+            _case(f"{name}-not-canonical", f"WRMSR of an address that is not canonical is #GP(0): {name}",
+                  _WRITE_AND_READ, gp(),
                   **_write(index, _NOT_CANONICAL, feature)),
         ]  # fmt: skip
     return found
@@ -66,7 +68,7 @@ _BASES = (
           completes(fs_base=LOW_SUPERVISOR), registers={"rbx": LOW_SUPERVISOR}, **_FSGSBASE),
     _case("wrgsbase-user-high", "WRGSBASE by a user program of one above it", "access: wrgsbase rbx",
           completes(gs_base=HIGH_USER), registers={"rbx": HIGH_USER}, cpl=3, **_FSGSBASE),
-    _case("wrfsbase-not-canonical", "... and in the hole", "access: wrfsbase rbx", gp(),
+    _case("wrfsbase-not-canonical", "WRFSBASE of an address in the hole", "access: wrfsbase rbx", gp(),
           registers={"rbx": _NOT_CANONICAL}, **_FSGSBASE),
 )  # fmt: skip
 

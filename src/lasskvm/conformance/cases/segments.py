@@ -91,7 +91,7 @@ _BASES = (
         msrs={MSR_IA32_KERNEL_GS_BASE: LOW_SUPERVISOR},
     ),
     _case(
-        "swapgs-back", "... and behind the second one the first again",
+        "swapgs-back", "behind two SWAPGS the first GS base counts again",
         "swapgs; swapgs; access: mov rax, gs:[rbx]", HIGH_SUPERVISOR, completes(_R), completes(_R),
         sregs={"gs": _segment(HIGH_SUPERVISOR)}, msrs={MSR_IA32_KERNEL_GS_BASE: LOW_SUPERVISOR},
     ),
@@ -100,7 +100,8 @@ _BASES = (
         completes(_R), completes(_R), sregs={"ds": _segment(0x1000)}, registers={"rbx": HIGH_SUPERVISOR},
     ),
     _case(
-        "es-base-ignored", "nor an ES base", "access: mov rax, es:[rbx]", LOW_SUPERVISOR, gp(), completes(_R),
+        "es-base-ignored", "in 64-bit mode an ES base does not count",
+        "access: mov rax, es:[rbx]", LOW_SUPERVISOR, gp(), completes(_R),
         sregs={"es": _segment(0x10000)}, registers={"rbx": LOW_SUPERVISOR},
     ),
 )  # fmt: skip
@@ -131,7 +132,7 @@ _ADDRESSING = (
         registers={"rbx": 0xFFFF_8000_0000_0000 | LOW_SUPERVISOR},
     ),
     _case(
-        "32-bit-address-user", "... which user programs may use", "access: mov rax, [ebx]", LOW_USER,
+        "32-bit-address-user", "user programs may use 32-bit addresses", "access: mov rax, [ebx]", LOW_USER,
         completes(_R), completes(_R), registers={"rbx": 0xFFFF_8000_0000_0000 | LOW_USER}, cpl=3,
     ),
     _case(
@@ -149,7 +150,8 @@ _ADDRESSING = (
         LOW_SUPERVISOR, gp(), completes(_R),
     ),
     _case(
-        "moffs-user", "... at CPL 3", f"access: db 0x48, 0xa3; dq {HIGH_USER:#x}", HIGH_USER, gp(),
+        "moffs-user", "the 64-bit absolute address of MOV RAX at CPL 3",
+        f"access: db 0x48, 0xa3; dq {HIGH_USER:#x}", HIGH_USER, gp(),
         completes(_W), cpl=3,
     ),
     _case(
@@ -157,7 +159,7 @@ _ADDRESSING = (
         f"access: mov rax, [{LOW_SUPERVISOR:#x}]", LOW_SUPERVISOR, gp(), completes(_R),
     ),
     _case(
-        "absolute-32-bit-user", "... and negative: the last page",
+        "absolute-32-bit-user", "a sign-extended 32-bit absolute address, negative: the last page",
         f"access: mov rax, [{LAST_PAGE + 0x800 - (1 << 64)}]", LAST_PAGE + 0x800, gp(), completes(_R), cpl=3,
         setup=last_and_first_page(user=True),
     ),

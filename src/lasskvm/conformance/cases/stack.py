@@ -145,7 +145,7 @@ _POINTERS = (
     ),
     Case(
         id=f"{_GROUP}/enter-nested-reads-user", group=_GROUP, cpl=3,
-        words="... and so at CPL 3", program="access: enter 0x10, 3",
+        words="ENTER's nested frame reads at CPL 3", program="access: enter 0x10, 3",
         registers={"rbp": HIGH_USER + 8}, operand=HIGH_USER, lass=ss(), off=completes(_R),
     ),
     Case(

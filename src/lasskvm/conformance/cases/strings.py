@@ -125,7 +125,7 @@ _MIDDLE = (
         completes(_W, rdi=4, rcx=0),
     ),
     _middle(
-        "rep-stosb-keeps-what-it-wrote", "... and what it has written by then stays",
+        "rep-stosb-keeps-what-it-wrote", "what REP STOSB has written before the violation stays",
         "access: rep stosb", {"rdi": _TOP - 8, "rcx": 12, "rax": 0xEE},
         gp(rdi=0, rcx=4).but(effect=Effect.WRITTEN, memory={_TOP - 8: 0xEEEE_EEEE_EEEE_EEEE}), completes(_W, rcx=0),
         operand=LAST_PAGE,
@@ -190,7 +190,8 @@ _MIDDLE = (
         cpl=3, operand=layout.LOW_USER + PAGE_SIZE, setup=(),
     ),
     _middle(
-        "page-fault-in-the-middle-supervisor", "nor one in the middle of the kernel's own",
+        "page-fault-in-the-middle-supervisor",
+        "LASS does not hide a page fault in the middle of the kernel's own REP MOVSQ",
         "access: rep movsq",
         {"rsi": HIGH_SUPERVISOR, "rdi": layout.HIGH_SUPERVISOR + 2 * PAGE_SIZE - 8, "rcx": 4},
         pf(PF_W, layout.HIGH_SUPERVISOR + 2 * PAGE_SIZE, rdi=layout.HIGH_SUPERVISOR + 2 * PAGE_SIZE, rcx=3,
@@ -223,7 +224,7 @@ _ADDRESSES = (
     ),
     Case(
         id=f"{_GROUP}/32-bit-addresses-user", group=_GROUP, cpl=3,
-        words="... which is a user program's own", program="access: db 0x67, 0xaa",
+        words="with a 32-bit address size a user program's STOSB goes to its own half", program="access: db 0x67, 0xaa",
         registers={"rdi": 0xFFFF_8000_0000_0000 | LOW_USER, "rax": 0}, operand=LOW_USER, mmio=(LOW_USER,),
         lass=completes(_W), off=completes(_W),
     ),

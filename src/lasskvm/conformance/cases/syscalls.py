@@ -59,7 +59,8 @@ _SYSCALL = (
         "access: syscall; next: nop", _LOW, gp(_LOW, **_IN_KERNEL), completes(_READ, **_IN_KERNEL), **_syscall(_LOW),
     ),
     _case(
-        "syscall-low-ac1", "... whatever AC is", "access: syscall; next: nop", _LOW, gp(_LOW, ac=1, **_IN_KERNEL),
+        "syscall-low-ac1", "SYSCALL with a target below the split and AC=1",
+        "access: syscall; next: nop", _LOW, gp(_LOW, ac=1, **_IN_KERNEL),
         completes(_READ), rflags=RFLAGS_AC, **_syscall(_LOW),
     ),
     _case(
@@ -138,7 +139,8 @@ _SYSENTER = (
         gp(_LOW, cs=layout.KERNEL_CS), completes(_READ), **_sysenter(_LOW),
     ),
     _case(
-        "sysenter-low-compatibility", "... by a 32-bit program", "access: sysenter", _LOW,
+        "sysenter-low-compatibility", "SYSENTER of a 32-bit program with a target below the split",
+        "access: sysenter", _LOW,
         gp(_LOW, cs=layout.KERNEL_CS), completes(_READ), mode=Mode.COMPATIBILITY, **_sysenter(_LOW),
     ),
     _case(

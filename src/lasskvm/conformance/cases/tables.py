@@ -72,7 +72,8 @@ _LOADS = (
         setup=(TableRegister(LOW_USER, layout.GDT, _GDT_LIMIT),), operand=LOW_USER, mmio=(LOW_USER,),
     ),
     _case(
-        "lidt-no-smap", "... and so does a CR4 without SMAP", "access: lidt [rbx]", completes(Effect.READ),
+        "lidt-no-smap", "LIDT's operand is data: allowed below the split without SMAP",
+        "access: lidt [rbx]", completes(Effect.READ),
         completes(Effect.READ), registers={"rbx": LOW_SUPERVISOR}, smap=False,
         setup=(TableRegister(LOW_SUPERVISOR, layout.IDT, _IDT_LIMIT),), operand=LOW_SUPERVISOR,
         mmio=(LOW_SUPERVISOR,),
@@ -105,7 +106,7 @@ _LOADS = (
         setup=(TableRegister(LOW_SUPERVISOR, layout.GDT, _GDT_LIMIT),),
     ),
     _case(
-        "lidt-violation-keeps-idtr", "... and IDTR", "access: lidt [rbx]", gp(idt_base=layout.IDT),
+        "lidt-violation-keeps-idtr", "a violation leaves IDTR as it is", "access: lidt [rbx]", gp(idt_base=layout.IDT),
         completes(Effect.READ), registers={"rbx": LOW_SUPERVISOR}, operand=LOW_SUPERVISOR,
         setup=(TableRegister(LOW_SUPERVISOR, layout.IDT, _IDT_LIMIT),),
     ),
