@@ -18,7 +18,7 @@ FEW = "data and user-read and lass"
 
 
 def test_a_group_on_the_emulator_passes(cli: Cli) -> None:
-    result = cli("verify", "--backend", "emulator", "-k", "rings/ and lass")
+    result = cli("verify", "--backend", "emulator", "-k", "rings/cpl and lass")
     assert result.status == 0
     assert "rings" in result.out
     assert "emulator: 32 pass in" in result.out

