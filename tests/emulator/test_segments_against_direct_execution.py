@@ -129,6 +129,10 @@ KERNEL_PROGRAMS = {
         f"mov word [rbx + 8], {KERNEL_SS}; mov word [rbx + 4], {KERNEL_SS}; lfs ecx, [rbx]; lgs edx, [rbx]; "
         "mov r8, fs; mov r9, gs"
     ),
+    "64-bit far pointer": (
+        f"mov rbx, {HIGH_SUPERVISOR:#x}; mov rax, 0x1122334455667788; mov [rbx], rax; "
+        f"mov word [rbx + 4], 0; mov word [rbx + 8], {KERNEL_SS}; lgs rdx, [rbx]"
+    ),
     "fault: null cs": f"{push('rsp', 0)} fault: retfq",
     "fault: data as code": f"{push('rsp', KERNEL_SS)} fault: retfq",
     "fault: null ss for user": f"{push(0, USER_CS, 0, 0)} fault: retfq",
@@ -153,10 +157,6 @@ WRONG_DIRECTLY = {
         f"mov rcx, rsp; {push('0x800000000000', KERNEL_CS, 2, 'rcx', KERNEL_SS)} fault: iretq"
     ),
     "fault: null stack segment of another level": "mov eax, 3; fault: mov ss, eax",
-    "64-bit far pointer": (
-        f"mov rbx, {HIGH_SUPERVISOR:#x}; mov rax, 0x1122334455667788; mov [rbx], rax; "
-        f"mov word [rbx + 4], 0; mov word [rbx + 8], {KERNEL_SS}; lgs rdx, [rbx]"
-    ),
 }
 USER_PROGRAMS = {
     "data segments": f"mov eax, {USER_SS}; mov ds, eax; mov eax, {LDT_DATA}; mov es, eax; mov ecx, ds; mov edx, es",

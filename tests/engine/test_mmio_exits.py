@@ -103,9 +103,7 @@ def test_write_to_a_device_ends_the_instruction_undone(device: Guest, source: st
     assert device.vcpu.get_regs() == before
 
 
-@pytest.mark.parametrize(
-    ("source", "distance"), [("push rax", -8), ("call rbx", -8), ("pushfq", -8), ("enter 8, 0", -8)]
-)
+@pytest.mark.parametrize(("source", "distance"), [("push rax", -8), ("call rbx", -8), ("pushfq", -8)])
 def test_stack_in_a_device_takes_no_push(device: Guest, source: str, distance: int) -> None:
     program(device, source, rbx=DEVICE, rsp=REGISTER)
     before = device.vcpu.get_regs()

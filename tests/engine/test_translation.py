@@ -108,6 +108,8 @@ EMULATED = {
     "blsr eax, ecx": ("c4 e2 78 f3 c9", 64, (3,)),
     "rex before vex": ("48 c5 f8 10 03", 64, (3,)),
     "extrq xmm0, xmm1": ("66 0f 79 c1", 64, (3,)),
+    "lock neg behind 67": ("67 f0 f7 1b", 64, (3,)),
+    "shld relative to rip": ("0f a4 05 00 00 00 00 01", 64, (3,)),
     "movntss [rbx], xmm0": ("f3 0f 2b 03", 64, (3,)),
 }
 #: Neighbours of those, which run.
@@ -117,7 +119,8 @@ DIRECT = {
     "lock xchg": ("f0 87 03", 64, (3,)),
     "lock cmpxchg8b": ("f0 0f c7 0b", 64, (3,)),
     "lock bts": ("f0 0f ba 2b 01", 64, (3,)),
-    "lock neg behind 67": ("67 f0 f7 1b", 64, (3,)),
+    "shld [rbx], eax, 1": ("0f a4 03 01", 64, (3,)),
+    "neg [rbx]": ("f7 1b", 64, (3,)),
     "66 before rex": ("66 48 89 c1", 64, (3,)),
     "mov ds": ("8e d9", 64, (0, 3)),
     "pop gs": ("0f a9", 64, (3,)),
@@ -327,7 +330,12 @@ INTERRUPT_RETURNS = (Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ)
 SSE4A = (Mnemonic.EXTRQ, Mnemonic.INSERTQ, Mnemonic.MOVNTSS, Mnemonic.MOVNTSD)
 ALWAYS = (
     Mnemonic.RETF, Mnemonic.LAR, Mnemonic.LSL, Mnemonic.ARPL, Mnemonic.XABORT, Mnemonic.XBEGIN, Mnemonic.WRFSBASE,
-    Mnemonic.WRGSBASE, *SSE4A,
+    Mnemonic.WRGSBASE, Mnemonic.LSS, Mnemonic.LFS, Mnemonic.LGS, Mnemonic.LOOPE, Mnemonic.LOOPNE, Mnemonic.ENTER,
+    Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD, *SSE4A,
+)  # fmt: skip
+#: The second encoding of TEST.
+TEST_ALIASES = (
+    Code.TEST_RM8_IMM8_F6R1, Code.TEST_RM16_IMM16_F7R1, Code.TEST_RM32_IMM32_F7R1, Code.TEST_RM64_IMM32_F7R1,
 )  # fmt: skip
 TRUNCATED = (Mnemonic.RET, Mnemonic.MOVSXD)
 BRANCHES = (
@@ -349,12 +357,12 @@ def expected(instruction: Instruction, bits: int, cpl: int, prefixes: int) -> bo
     mnemonic = instruction.mnemonic
     if OpCodeInfo(instruction.code).encoding in (EncodingKind.VEX, EncodingKind.XOP):
         return True
-    if mnemonic in ALWAYS or is_far_branch(instruction):
+    if mnemonic in ALWAYS or instruction.code in TEST_ALIASES or is_far_branch(instruction):
         return True
     if mnemonic in (Mnemonic.RDFSBASE, Mnemonic.RDGSBASE):
         return prefixes & OPERAND_SIZE != 0
     if mnemonic in INTERRUPT_RETURNS:
-        return bits != 64 or cpl == 3
+        return bits != 64 or cpl == 3 or not prefixes & REX_W
     if bits == 64:
         # SYSCALL counts as a call, but has no operand.
         is_branch = instruction.flow_control in BRANCHES and instruction.op_count

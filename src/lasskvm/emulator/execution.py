@@ -67,7 +67,7 @@ def compile_instruction(decoded: Decoded, cpuid: CpuidTable) -> Operation:
     if handler is None and mnemonic in PLAIN:
         return Operation(decoded, PLAIN[mnemonic](decoded), is_plain=True)
     if handler is None and mnemonic in TRANSFERS:
-        return Operation(decoded, TRANSFERS[mnemonic](decoded), is_plain=False)
+        return Operation(decoded, TRANSFERS[mnemonic](decoded), is_plain=False, is_near=True)
     handler = handler or HANDLERS.get(mnemonic)
     if handler is None:
         raise Unhandleable(f'the instruction "{instruction}" is not implemented by the emulator')

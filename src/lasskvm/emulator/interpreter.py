@@ -52,6 +52,8 @@ class _Block:
     steps: tuple[tuple[Executor, int], ...]
     last: Executor | None
     instructions: int
+    #: Whether it ends in a near branch, so that it may go on with itself.
+    loops: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,9 @@ class Interpreter:
             ctx.mmio.commit()
             self.instructions += block.instructions
             # A loop onto itself needs no new look at anything that ends blocks.
-            if words[RIP] != start or self.blocks >= end or ctx.leave_block or words[TLB_FLUSH]:
+            if words[RIP] != start or not block.loops or self.blocks >= end:
+                return
+            if ctx.leave_block or words[TLB_FLUSH]:
                 return
             if self._stop or self.want_interrupt_window or words[RFLAGS] & _STEPPED_FLAGS:
                 return
@@ -238,7 +242,7 @@ class Interpreter:
     def _make_block(self, code: bytes, bits: int) -> _Block:
         """The block at the start of *code*, the rest of its page; empty when its first instruction is special."""
         steps: list[tuple[Executor, int]] = []
-        position, last = 0, None
+        position, last, loops = 0, None, False
         while len(steps) < _BLOCK_INSTRUCTIONS:
             decoded = decode(bits, code[position : position + MAX_INSTRUCTION_LENGTH])
             if not isinstance(decoded, Decoded):
@@ -249,7 +253,7 @@ class Interpreter:
                 break
             position += decoded.length
             if not operation.is_plain:
-                last = operation.run
+                last, loops = operation.run, operation.is_near
                 break
             steps.append((operation.run, position))
-        return _Block(code[:position], tuple(steps), last, len(steps) + (last is not None))
+        return _Block(code[:position], tuple(steps), last, len(steps) + (last is not None), loops)

@@ -4,7 +4,7 @@ One plain function of the compiled subset, called from direct execution's port h
 Source: Intel SDM volume 1, 19.5 (I/O privilege levels, permission bitmap).
 """
 
-from lasskvm.emulator.mmu import load_linear
+from lasskvm.emulator.mmu import load_linear, next_linear
 from lasskvm.lass import IMPLICIT
 from lasskvm.state import ATTRIBUTES, BASE, CR0, LIMIT, SEGMENT_WORDS, SEGMENTS, Words
 from lasskvm.x86.exceptions import GP
@@ -41,7 +41,7 @@ def check_port_access(
         return GP, 0, 0
     base = state[_TR + BASE]
     bitmap, vector, error_code, address = load_linear(
-        state, memory, base + _IO_MAP_BASE, 2, IMPLICIT, cpl, rflags
+        state, memory, next_linear(state, base, _IO_MAP_BASE), 2, IMPLICIT, cpl, rflags
     )
     if vector != 0:
         return vector, error_code, address
@@ -49,7 +49,9 @@ def check_port_access(
     offset = bitmap + (port >> 3)
     if offset + 1 > limit:
         return GP, 0, 0
-    bits, vector, error_code, address = load_linear(state, memory, base + offset, 2, IMPLICIT, cpl, rflags)
+    bits, vector, error_code, address = load_linear(
+        state, memory, next_linear(state, base, offset), 2, IMPLICIT, cpl, rflags
+    )
     if vector != 0:
         return vector, error_code, address
     if (bits >> (port & 7)) & ((1 << size) - 1) != 0:

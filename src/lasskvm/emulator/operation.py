@@ -34,8 +34,12 @@ Handler = Callable[[Emulation, Decoded], None]
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """An instruction ready to be executed. ``is_plain``: somebody else steps over it."""
+    """An instruction ready to be executed.
+
+    ``is_plain``: somebody else steps over it. ``is_near``: a transfer, which leaves CPL and mode as they are.
+    """
 
     decoded: Decoded
     run: Executor
     is_plain: bool
+    is_near: bool = False

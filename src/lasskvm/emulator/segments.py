@@ -10,7 +10,7 @@ Source: Intel SDM volume 2A, MOV (operation), LLDT, LTR; volume 3A, 3.4, 6.6 and
 from __future__ import annotations
 
 from lasskvm.emulator.faults import GuestFault, general_protection, raise_linear_fault
-from lasskvm.emulator.mmu import load_linear
+from lasskvm.emulator.mmu import load_linear, next_linear
 from lasskvm.emulator.modes import (
     in_64bit_mode,
     in_ia32e_mode,
@@ -277,7 +277,7 @@ def _system_segment(
     base = segment_base(descriptor)
     if long_mode:
         high, *fault = load_linear(
-            words, memory, address + DESCRIPTOR_BYTES, DESCRIPTOR_BYTES, IMPLICIT, 0, 0
+            words, memory, next_linear(words, address, DESCRIPTOR_BYTES), DESCRIPTOR_BYTES, IMPLICIT, 0, 0
         )
         raise_linear_fault(*fault)
         base = segment_base64(descriptor, high)

@@ -40,10 +40,6 @@ from lasskvm.x86.registers import MASK64
 
 __all__ = ["is_left_to_emulator", "is_native_vex", "translate_instruction"]
 
-#: Whether FXSAVE and FXRSTOR go to the emulator. The translator checks their alignment, but makes dozens of small
-#: accesses where a processor checks 512 bytes first: a fault on the second page leaves half of the image written.
-EMULATE_FXSAVE = False
-
 _PAGE_OFFSET = 0xFFF
 _PAGE_MASK = MASK64 ^ _PAGE_OFFSET
 _LONGEST_INSTRUCTION = 15
@@ -57,13 +53,15 @@ _LOCK, _REPNE, _REP, _OPERAND_SIZE = 0xF0, 0xF2, 0xF3, 0x66
 _REX_W_BIT = 8
 
 _ESCAPE = 0x0F
+_ENTER, _LOOPNE, _LOOPE, _INSB, _OUTSD = 0xC8, 0xE0, 0xE1, 0x6C, 0x6F
+_GROUP3_BYTE, _GROUP3, _GROUP3_TEST_ALIAS, _GROUP3_NEG = 0xF6, 0xF7, 1, 3
 _IRET, _CALL_FAR, _JMP_FAR, _RETF_IMM, _RETF = 0xCF, 0x9A, 0xEA, 0xCA, 0xCB
 _GROUP5, _GROUP5_CALL, _GROUP5_CALL_FAR, _GROUP5_JMP, _GROUP5_JMP_FAR = 0xFF, 2, 3, 4, 5
 _GROUP1A, _GROUP11_BYTE, _GROUP11 = 0x8F, 0xC6, 0xC7
 _MOVSXD = 0x63
 _VEX3, _VEX2 = 0xC4, 0xC5
 _LAR, _LSL = TWO_BYTE + 0x02, TWO_BYTE + 0x03
-_GROUP15, _GROUP15_FXRSTOR = TWO_BYTE + 0xAE, 1
+_GROUP15 = TWO_BYTE + 0xAE
 _WRFSBASE, _WRGSBASE = 2, 3
 _MOVNTS, _EXTRQ, _INSERTQ = TWO_BYTE + 0x2B, TWO_BYTE + 0x78, TWO_BYTE + 0x79
 _FEATURES_80000001_ECX, _SSE4A = 7, 1 << 6
@@ -71,10 +69,15 @@ _FEATURES_80000001_ECX, _SSE4A = 7, 1 << 6
 _ESCAPE_38, _MOVBE_LOAD, _MOVBE_STORE = TWO_BYTE + 0x38, 0xF0, 0xF1
 
 _MOD_REGISTER, _REGISTER_SHIFT = 0xC0, 3
+#: The ModRM byte without its register field, where the address is relative to RIP.
+_MOD_AND_RM, _RIP_RELATIVE = 0xC7, 5
 
 #: Opcodes whose ModRM byte decides, one byte and behind 0F.
-_MODRM_DECIDES = opcode_mask((_GROUP5, _GROUP1A, _GROUP11_BYTE, _GROUP11))
-_MODRM_DECIDES_TWO_BYTE = opcode_mask((_GROUP15 - TWO_BYTE,))
+_MODRM_DECIDES = opcode_mask((_GROUP5, _GROUP1A, _GROUP11_BYTE, _GROUP11, _GROUP3_BYTE, _GROUP3))
+_MODRM_DECIDES_TWO_BYTE = opcode_mask((_GROUP15 - TWO_BYTE, 0xA4, 0xAC))
+#: SHLD and SHRD by an immediate; LSS, LFS and LGS.
+_DOUBLE_SHIFTS_TWO_BYTE = opcode_mask((0xA4, 0xAC))
+_FAR_POINTER_LOADS_TWO_BYTE = opcode_mask((0xB2, 0xB4, 0xB5))
 #: Loads of segment registers: POP, MOV, LES, LDS; POP FS and GS, LSS, LFS, LGS.
 _SEGMENT_LOADS = opcode_mask((0x07, 0x17, 0x1F, 0x8E, 0xC4, 0xC5))
 _SEGMENT_LOADS_TWO_BYTE = opcode_mask((0xA1, 0xA9, 0xB2, 0xB4, 0xB5))
@@ -232,6 +235,14 @@ def is_left_to_emulator(code64: bool, cpl: int, prefixes: int, opcode: int, modr
     IRET at CPL 3; far CALL, RET, JMP     their stack accesses are made in supervisor mode, so neither LASS nor the U/S
                                           bit is asked where a supervisor translation is at hand; far transfers through
                                           a register are not refused; RIP is not checked
+    IRET of 16 or 32 bits in 64-bit mode  RSP is truncated
+    LOOPE, LOOPNE                         RFLAGS are garbage behind them when the count reaches 0
+    ENTER                                 its last write is not checked, and a fault leaves pushes behind
+    INS, OUTS                             memory is accessed before the permission is checked
+    SHLD, SHRD of a RIP-relative operand  the address is too low by the immediate's size
+    TEST, second encoding (F6, F7 /1)     likewise
+    LOCK NEG                              SF and PF are those of the old value
+    LSS, LFS, LGS                         REX.W is ignored
     IRET and loads of segment registers   limits, types and bases that are not flat take effect too late: the run loop
     outside 64-bit mode                   has to see them
     near branches with 66H, without       RIP is truncated to 16 bits, and displacements are taken as 16 bits
@@ -258,8 +269,10 @@ def is_left_to_emulator(code64: bool, cpl: int, prefixes: int, opcode: int, modr
         second = opcode & OPCODE_MASK
         if is_undefined_form(second, modrm, prefixes & OPERAND_SIZE != 0, prefixes & (REP | REPNE) != 0):
             return True
-        if opcode == _LAR or opcode == _LSL:
+        if opcode == _LAR or opcode == _LSL or has_opcode(_FAR_POINTER_LOADS_TWO_BYTE, second):
             return True
+        if has_opcode(_DOUBLE_SHIFTS_TWO_BYTE, second):
+            return code64 and modrm & _MOD_AND_RM == _RIP_RELATIVE
         if opcode == _EXTRQ or opcode == _INSERTQ:
             return prefixes & (OPERAND_SIZE | REPNE) != 0 and not sse4a
         if opcode == _MOVNTS:
@@ -268,12 +281,16 @@ def is_left_to_emulator(code64: bool, cpl: int, prefixes: int, opcode: int, modr
             if modrm & _MOD_REGISTER == _MOD_REGISTER:
                 writes_base = operation == _WRFSBASE or operation == _WRGSBASE
                 return prefixes & REP != 0 and (writes_base or prefixes & OPERAND_SIZE != 0)
-            return operation <= _GROUP15_FXRSTOR and EMULATE_FXSAVE
+            return False
         if truncated and has_opcode(_NEAR_BRANCHES_TWO_BYTE, second):
             return True
         return not code64 and has_opcode(_SEGMENT_LOADS_TWO_BYTE, second)
     if opcode == _IRET:
-        return not code64 or cpl == _USER_CPL
+        return not code64 or cpl == _USER_CPL or prefixes & REX_W == 0
+    if opcode == _LOOPE or opcode == _LOOPNE or opcode == _ENTER or (opcode >= _INSB and opcode <= _OUTSD):
+        return True
+    if opcode == _GROUP3_BYTE or opcode == _GROUP3:
+        return operation == _GROUP3_TEST_ALIAS or (operation == _GROUP3_NEG and prefixes & LOCK != 0)
     if opcode == _RETF or opcode == _RETF_IMM or opcode == _CALL_FAR or opcode == _JMP_FAR:
         return True
     if opcode == _GROUP5:
