@@ -15,7 +15,6 @@ GuestProgram = Callable[[str], Path]
 #: that begins to hold fails its test too, and is taken out here and there.
 NOT_YET = {
     "exact": {
-        "lock on a plain load": "LOCK on an instruction that cannot have it",
         "movaps, misaligned": "a misaligned 16-byte operand",
         "alignment check": "#AC",
     },
