@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lasskvm.errors import MemoryLayoutError
 
-__all__ = ["MAX_SLOTS", "PAGE_SIZE", "GuestMemory", "Slot"]
+__all__ = ["MAX_SLOTS", "PAGE_SIZE", "GuestMemory", "Slot", "allocate"]
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
@@ -66,6 +66,19 @@ class Slot:
     def end(self) -> int:
         """The first guest-physical address behind the slot."""
         return self.gpa + self.size
+
+
+def allocate(size: int) -> mmap.mmap:
+    """Zeroed host memory for a slot, *size* bytes, taken from the host as the guest touches it.
+
+    Raises :class:`MemoryLayoutError` when the host refuses.
+    """
+    try:
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, ValueError) as error:
+        raise MemoryLayoutError(
+            f"the host cannot give {size // (1 << 20)} MiB to the guest ({error}); ask for less with --memory"
+        ) from None
 
 
 class GuestMemory:

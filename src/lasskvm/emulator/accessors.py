@@ -15,8 +15,8 @@ from iced_x86 import Instruction, OpKind, Register
 
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.data_access import load, store
-from lasskvm.emulator.decode import Decoded, MemoryOperand, effective_address, register_info
-from lasskvm.lass import STACK, WRITE
+from lasskvm.emulator.decode import Decoded, MemoryOperand, effective_address, register_info, stack_flag
+from lasskvm.lass import WRITE
 from lasskvm.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from lasskvm.state import RAX, RIP, Words
 from lasskvm.x86.registers import FS, MASK64
@@ -141,7 +141,7 @@ def memory_loader(decoded: Decoded, size: int, flags: int = 0) -> Reader:
     """Loads *size* bytes at the explicit memory operand; with ``WRITE`` in *flags*, to store there afterwards."""
     operand = decoded.operand
     assert operand is not None
-    segment, flags, offset_of = operand.segment, flags | _stack_flag(decoded, operand), address_of(decoded)
+    segment, flags, offset_of = operand.segment, flags | stack_flag(decoded), address_of(decoded)
     if not _is_flat(decoded, operand) or size > _FULL_REGISTER_BYTES:
         return lambda ctx: load(ctx, segment, offset_of(ctx.words), size, flags)
     last_start = PAGE_SIZE - size
@@ -163,7 +163,7 @@ def memory_storer(decoded: Decoded, size: int) -> Writer:
     """Stores *size* bytes at the explicit memory operand."""
     operand = decoded.operand
     assert operand is not None
-    segment, flags, offset_of = operand.segment, _stack_flag(decoded, operand), address_of(decoded)
+    segment, flags, offset_of = operand.segment, stack_flag(decoded), address_of(decoded)
     if not _is_flat(decoded, operand) or size > _FULL_REGISTER_BYTES:
         return lambda ctx, value: store(ctx, segment, offset_of(ctx.words), size, value, flags)
     last_start = PAGE_SIZE - size
@@ -183,7 +183,3 @@ def memory_storer(decoded: Decoded, size: int) -> Writer:
 def _is_flat(decoded: Decoded, operand: MemoryOperand) -> bool:
     """Whether the offset is the linear address: 64-bit mode, and not through FS or GS."""
     return decoded.bits == 64 and operand.segment < FS
-
-
-def _stack_flag(decoded: Decoded, operand: MemoryOperand) -> int:
-    return STACK if decoded.bits == 64 and operand.is_stack else 0

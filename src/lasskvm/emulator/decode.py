@@ -33,7 +33,7 @@ from lasskvm.emulator.faults import general_protection, invalid_opcode, raise_li
 from lasskvm.emulator.linearize import linear_address, linearize
 from lasskvm.emulator.mmu import next_linear
 from lasskvm.emulator.modes import code_bits
-from lasskvm.lass import FETCH
+from lasskvm.lass import FETCH, STACK
 from lasskvm.memory import PAGE_SIZE
 from lasskvm.state import CPL, RFLAGS, RIP, Words
 from lasskvm.x86 import registers
@@ -50,6 +50,7 @@ __all__ = [
     "is_read_modify_write",
     "is_stack_access",
     "register_info",
+    "stack_flag",
 ]
 
 MAX_INSTRUCTION_LENGTH = 15
@@ -202,6 +203,13 @@ def effective_address(words: Words, operand: MemoryOperand) -> int:
         # The displacement already counts from the start of the instruction.
         offset += words[RIP]
     return offset & operand.address_mask
+
+
+def stack_flag(decoded: Decoded) -> int:
+    """``STACK`` when the explicit memory operand is a stack access in 64-bit mode, else 0."""
+    operand = decoded.operand
+    assert operand is not None
+    return STACK if decoded.bits == 64 and operand.is_stack else 0
 
 
 def is_stack_access(words: Words, decoded: Decoded, address: int) -> bool:

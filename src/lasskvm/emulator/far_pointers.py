@@ -10,8 +10,7 @@ from iced_x86 import OpKind
 
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.data_access import load
-from lasskvm.emulator.decode import Decoded, effective_address
-from lasskvm.lass import STACK
+from lasskvm.emulator.decode import Decoded, effective_address, stack_flag
 from lasskvm.x86.registers import MASK64
 
 __all__ = ["far_pointer", "offset_bytes"]
@@ -31,7 +30,7 @@ def far_pointer(ctx: Emulation, decoded: Decoded) -> tuple[int, int]:
         offset = instruction.far_branch16 if is_short else instruction.far_branch32
         return instruction.far_branch_selector, offset
     address = effective_address(ctx.words, operand)
-    flags = STACK if decoded.bits == 64 and operand.is_stack else 0
+    flags = stack_flag(decoded)
     size = offset_bytes(decoded)
     offset = load(ctx, operand.segment, address, size, flags)
     selector = load(ctx, operand.segment, address + size & MASK64, _SELECTOR_BYTES, flags)

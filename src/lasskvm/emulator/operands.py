@@ -10,8 +10,7 @@ from iced_x86 import OpKind, Register
 
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.data_access import load, store
-from lasskvm.emulator.decode import Decoded, MemoryOperand, effective_address, register_info
-from lasskvm.lass import STACK
+from lasskvm.emulator.decode import Decoded, MemoryOperand, effective_address, register_info, stack_flag
 from lasskvm.state import RAX, Words
 from lasskvm.x86.registers import MASK32, MASK64
 
@@ -94,4 +93,4 @@ def _place(ctx: Emulation, decoded: Decoded) -> tuple[MemoryOperand, int, int]:
     operand = decoded.operand
     assert operand is not None
     offset = effective_address(ctx.words, operand)
-    return operand, offset, STACK if decoded.bits == 64 and operand.is_stack else 0
+    return operand, offset, stack_flag(decoded)

@@ -12,7 +12,7 @@ from typing import Literal, Self
 import numpy as np
 
 from lasskvm.engine.engine import Transmitter
-from lasskvm.errors import LassKvmError, MemoryLayoutError
+from lasskvm.errors import LassKvmError
 from lasskvm.kvm.clock import Clock, VirtualClock
 from lasskvm.kvm.iobus import DeviceState, MmioBus, PortBus
 from lasskvm.kvm.irqchip import Pic, Pit
@@ -21,7 +21,7 @@ from lasskvm.kvm.msr_filter import MsrFilter
 from lasskvm.kvm.snapshot_state import load_vm, save_vm
 from lasskvm.kvm.structures import MsrFilterRange
 from lasskvm.kvm.vcpu import Vcpu
-from lasskvm.memory import PAGE_DIRTY, SLOT_LOG_DIRTY_PAGES, GuestMemory
+from lasskvm.memory import PAGE_DIRTY, SLOT_LOG_DIRTY_PAGES, GuestMemory, allocate
 from lasskvm.state import TLB_FLUSH
 
 __all__ = ["ExecutionEngine", "Vm"]
@@ -68,16 +68,8 @@ class Vm:
 
     @staticmethod
     def allocate(size: int) -> mmap.mmap:
-        """Zeroed host memory for a slot, *size* bytes, taken from the host as the guest touches it.
-
-        Raises :class:`MemoryLayoutError` when the host refuses.
-        """
-        try:
-            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except (OSError, OverflowError, ValueError) as error:
-            raise MemoryLayoutError(
-                f"the host cannot give {size // (1 << 20)} MiB to the guest ({error}); ask for less with --memory"
-            ) from None
+        """:func:`lasskvm.memory.allocate`."""
+        return allocate(size)
 
     def set_user_memory_region(self, slot: int, gpa: int, memory: mmap.mmap | None, flags: int = 0) -> None:
         """``KVM_SET_USER_MEMORY_REGION``: map *memory* at *gpa* as slot *slot*; None deletes the slot.

@@ -15,9 +15,9 @@ from iced_x86 import Mnemonic
 from lasskvm.emulator.accessors import Reader, address_of, operand_bytes, reader, update_reader, writer
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.data_access import load, store
-from lasskvm.emulator.decode import Decoded
+from lasskvm.emulator.decode import Decoded, stack_flag
 from lasskvm.emulator.flags import KEPT, result_flags
-from lasskvm.emulator.instructions.forms import constant, is_memory, operand_bits, signed, stack_flag
+from lasskvm.emulator.instructions.forms import constant, is_memory, operand_bits, signed
 from lasskvm.emulator.operation import Builder, Executor
 from lasskvm.lass import WRITE
 from lasskvm.state import RFLAGS

@@ -9,7 +9,6 @@ from iced_x86 import OpKind, Register
 
 from lasskvm.emulator.accessors import immediate, operand_bytes
 from lasskvm.emulator.decode import Decoded, register_info
-from lasskvm.lass import STACK
 from lasskvm.state import RAX
 
 __all__ = [
@@ -20,7 +19,6 @@ __all__ = [
     "operand_bits",
     "register_word",
     "signed",
-    "stack_flag",
     "whole_register",
 ]
 
@@ -65,10 +63,3 @@ def operand_bits(decoded: Decoded, number: int) -> int:
 def signed(value: int, bits: int) -> int:
     """*value*, of *bits* bits, as a signed number."""
     return value - (value >> bits - 1 << bits)
-
-
-def stack_flag(decoded: Decoded) -> int:
-    """``STACK`` when the explicit memory operand is a stack access in 64-bit mode, else 0."""
-    operand = decoded.operand
-    assert operand is not None
-    return STACK if decoded.bits == 64 and operand.is_stack else 0

@@ -16,7 +16,7 @@ from iced_x86 import Code, Mnemonic
 from lasskvm.emulator.accessors import address_of, memory_loader, memory_storer, writer
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.data_access import load_bytes, store_bytes, touch
-from lasskvm.emulator.decode import Decoded
+from lasskvm.emulator.decode import Decoded, stack_flag
 from lasskvm.emulator.faults import general_protection
 from lasskvm.emulator.fpu import XMM_REGISTERS, initialize, set_control_word, status_word
 from lasskvm.emulator.fpu_images import (
@@ -40,7 +40,6 @@ from lasskvm.emulator.instructions.availability import (
     check_x87,
     check_x87_control,
 )
-from lasskvm.emulator.instructions.forms import stack_flag
 from lasskvm.emulator.instructions.vector_operands import check_aligned
 from lasskvm.emulator.modes import in_protected_mode
 from lasskvm.emulator.operation import Builder, Executor

@@ -27,6 +27,7 @@ from lasskvm.emulator.stack import (
     stack_loader,
     top_loader,
 )
+from lasskvm.emulator.virtual_8086 import check_iopl_sensitive
 from lasskvm.lass import WRITE
 from lasskvm.state import (
     CPL,
@@ -46,7 +47,6 @@ from lasskvm.state import (
 )
 from lasskvm.x86.registers import (
     CR4_PVI,
-    CR4_VME,
     DR6_BS,
     MASK64,
     RFLAGS_AC,
@@ -222,7 +222,7 @@ def _leave(decoded: Decoded) -> Executor:
 def _pushf(ctx: Emulation, decoded: Decoded) -> None:
     """PUSHF: RF and VM are pushed as 0."""
     words = ctx.words
-    _check_v86_iopl(words)
+    check_iopl_sensitive(words, "PUSHF")
     stack = Stack(ctx)
     stack.push(-decoded.instruction.stack_pointer_increment, words[RFLAGS] & ~(RFLAGS_RF | RFLAGS_VM))
     stack.commit()
@@ -235,7 +235,7 @@ def _popf(ctx: Emulation, decoded: Decoded) -> None:
     It is single-stepped by the TF that it began with.
     """
     words = ctx.words
-    _check_v86_iopl(words)
+    check_iopl_sensitive(words, "POPF")
     size: int = decoded.instruction.stack_pointer_increment
     stack = Stack(ctx)
     value = stack.pop(size)
@@ -261,7 +261,7 @@ def _popf_flags(words: Words) -> int:
 
 
 def _cli(ctx: Emulation, decoded: Decoded) -> None:
-    _require_iopl(ctx.words)
+    _require_iopl(ctx.words, "CLI")
     ctx.words[RFLAGS] &= ~RFLAGS_IF
     complete(ctx, decoded)
 
@@ -269,31 +269,21 @@ def _cli(ctx: Emulation, decoded: Decoded) -> None:
 def _sti(ctx: Emulation, decoded: Decoded) -> None:
     """STI: interrupts that it enables wait for one more instruction."""
     words = ctx.words
-    _require_iopl(words)
+    _require_iopl(words, "STI")
     enables = not words[RFLAGS] & RFLAGS_IF
     words[RFLAGS] |= RFLAGS_IF
     complete(ctx, decoded)
     words[INTERRUPT_SHADOW] = int(enables)
 
 
-def _require_iopl(words: Words) -> None:
+def _require_iopl(words: Words, name: str) -> None:
     """#GP(0) for CLI and STI above the privilege level that IOPL gives I/O to."""
-    _check_v86_iopl(words)
+    check_iopl_sensitive(words, name)
     if in_real_mode(words) or in_virtual_8086_mode(words) or words[CPL] <= _iopl(words):
         return
     if words[CPL] == _USER_CPL and words[CR4] & CR4_PVI:
         raise Unhandleable("CLI or STI with CR4.PVI: the virtual interrupt flag is not implemented")
     raise general_protection()
-
-
-def _check_v86_iopl(words: Words) -> None:
-    """#GP(0) in virtual-8086 mode below IOPL 3."""
-    if in_virtual_8086_mode(words) and _iopl(words) != _V86_IOPL:
-        if words[CR4] & CR4_VME:
-            raise Unhandleable(
-                "CLI, STI, PUSHF or POPF with CR4.VME: the virtual interrupt flag is not implemented"
-            )
-        raise general_protection()
 
 
 def _iopl(words: Words) -> int:

@@ -24,11 +24,10 @@ from lasskvm.emulator.accessors import (
 )
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.data_access import load, store
-from lasskvm.emulator.decode import Decoded
+from lasskvm.emulator.decode import Decoded, stack_flag
 from lasskvm.emulator.faults import general_protection
 from lasskvm.emulator.fpu import enter_mmx, read_mmx, write_mmx
 from lasskvm.emulator.instructions.availability import check_mmx, check_sse, check_sse_and_mmx
-from lasskvm.emulator.instructions.forms import stack_flag
 from lasskvm.emulator.lanes import Binary, Unary
 from lasskvm.emulator.linearize import linear_address, linearize
 from lasskvm.emulator.operation import Executor

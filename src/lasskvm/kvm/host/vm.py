@@ -17,7 +17,7 @@ from lasskvm.kvm.host.descriptor import Descriptor
 from lasskvm.kvm.host.ioctls import KvmIoctlError
 from lasskvm.kvm.host.vcpu import Vcpu, VcpuTraits
 from lasskvm.kvm.structures import MsrFilterRange
-from lasskvm.memory import PAGE_SIZE, GuestMemory, Slot
+from lasskvm.memory import PAGE_SIZE, GuestMemory, Slot, allocate
 
 __all__ = ["Vm"]
 
@@ -81,16 +81,8 @@ class Vm:
 
     @staticmethod
     def allocate(size: int) -> mmap.mmap:
-        """Zeroed host memory for a slot, *size* bytes, taken from the host as the guest touches it.
-
-        Raises :class:`MemoryLayoutError` when the host refuses.
-        """
-        try:
-            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except (OSError, OverflowError, ValueError) as error:
-            raise MemoryLayoutError(
-                f"the host cannot give {size // (1 << 20)} MiB to the guest ({error}); ask for less with --memory"
-            ) from None
+        """:func:`lasskvm.memory.allocate`."""
+        return allocate(size)
 
     def set_user_memory_region(self, slot: int, gpa: int, memory: mmap.mmap | None, flags: int = 0) -> None:
         """``KVM_SET_USER_MEMORY_REGION``: map *memory* at *gpa* as slot *slot*; None deletes the slot.
