@@ -7,6 +7,7 @@ gets a typed exit.
 
 __all__ = [
     "CpuFeatureError",
+    "DeviceError",
     "HostError",
     "ImageError",
     "LassKvmError",
@@ -29,6 +30,10 @@ class MemoryLayoutError(LassKvmError):
 
 class CpuFeatureError(LassKvmError):
     """A CPU model or feature name that does not exist, or a combination the architecture does not allow."""
+
+
+class DeviceError(LassKvmError):
+    """A device that does not exist, or cannot be where it is asked to be."""
 
 
 class HostError(LassKvmError):

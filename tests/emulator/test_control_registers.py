@@ -46,7 +46,7 @@ from lasskvm.x86.registers import (
     CR4_PAE,
     CR4_PCIDE,
     CR4_PGE,
-    CR4_PKE,
+    CR4_PKS,
     CR4_PSE,
     CR4_SMEP,
     CR4_TSD,
@@ -263,7 +263,7 @@ def test_cr3_write_with_pae_paging_loads_and_checks_the_pdptes(protected: Guest)
 # --------------------------------------------------------------------------------------------------- CR4
 
 
-@pytest.mark.parametrize("bit", [CR4_PKE, CR4_LA57, CR4_CET, 1 << 15, 1 << 31, 1 << 32, 1 << 63])
+@pytest.mark.parametrize("bit", [CR4_PKS, CR4_LA57, CR4_CET, 1 << 15, 1 << 31, 1 << 32, 1 << 63])
 def test_cr4_bits_without_their_cpuid_feature_are_reserved(guest: Guest, bit: int) -> None:
     assert vector_of(guest, control.set_cr4, guest.memory, guest.words[CR4] | bit) == GP
 

@@ -207,11 +207,28 @@ def test_writing_the_tsc_moves_it_and_it_goes_on_from_there(guest: Guest) -> Non
 
 
 def test_tsc_adjust_follows_and_moves_the_tsc(guest: Guest) -> None:
-    assert rejects_read(guest, msr.MSR_IA32_TSC_ADJUST)
-    write_msr(guest.ctx, msr.MSR_IA32_TSC_ADJUST, 100, host_initiated=True)
+    write_msr(guest.ctx, msr.MSR_IA32_TSC_ADJUST, 100)
     assert guest_tsc(guest.ctx) == guest.tsc + 100
     write_msr(guest.ctx, msr.MSR_IA32_TSC, 0)
-    assert read_msr(guest.ctx, msr.MSR_IA32_TSC_ADJUST, host_initiated=True) == -guest.tsc % (1 << 64)
+    assert read_msr(guest.ctx, msr.MSR_IA32_TSC_ADJUST) == -guest.tsc % (1 << 64)
+
+
+def test_what_kernels_look_at_on_amds_processors_is_there(guest: Guest) -> None:
+    hwcr, tsc_runs_at_p0 = 0xC0010015, 1 << 24
+    de_cfg, lfence_serializes = 0xC0011029, 1 << 1
+    assert read_msr(guest.ctx, hwcr) == tsc_runs_at_p0
+    assert read_msr(guest.ctx, de_cfg) == lfence_serializes
+    assert read_msr(guest.ctx, 0xC0010010) == read_msr(guest.ctx, 0xC001001F) == 0
+    write_msr(guest.ctx, hwcr, tsc_runs_at_p0 | 1 << 18 | 1 << 6)
+    assert read_msr(guest.ctx, hwcr) == tsc_runs_at_p0 | 1 << 18
+    assert rejects_write(guest, hwcr, 1 << 0)
+    assert rejects_write(guest, de_cfg, 0)
+
+
+def test_tsc_adjust_needs_cpuid(guest: Guest) -> None:
+    without = without_features(guest, "max,-tsc_adjust")
+    assert rejects_read(without, msr.MSR_IA32_TSC_ADJUST)
+    assert rejects_write(without, msr.MSR_IA32_TSC_ADJUST, 0)
 
 
 def test_devices_attach_msrs_of_their_own(guest: Guest) -> None:

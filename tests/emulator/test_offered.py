@@ -107,7 +107,7 @@ def test_vex_xop_and_evex_instructions_are_never_offered_but_for_bmi() -> None:
         ("0f44c1", "cmov"), ("dac1", "cmov"), ("0fae38", "clflush"), ("0fefc0", "mmx"), ("0fae00", "fxsr"),
         ("0f58c1", "sse"), ("660f58c1", "sse2"), ("0fc3 08", "sse2"), ("0faef0", "sse2"), ("0faef8", "sse"),
         ("660f7cc1", "pni"), ("df08", "pni"), ("660f3a44c100", "pclmulqdq"), ("0f01c8", "monitor"),
-        ("0f01c1", "vmx"), ("660f388008", "vmx"), ("660f388108", "vmx"), ("0f37", "smx"),
+        ("0f01c2", "vmx"), ("660f388008", "vmx"), ("660f388108", "vmx"), ("0f37", "smx"),
         ("660f3800c1", "ssse3"), ("480fc708", "cx16"), ("660f3814c1", "sse4_1"), ("f20f38f0c1", "sse4_2"),
         ("0f38f008", "movbe"), ("f30fb8c1", "popcnt"), ("660f38dcc1", "aes"), ("0fae20", "xsave"),
         ("0f01d0", "xsave"), ("0fc7f0", "rdrand"), ("f3480faec0", "fsgsbase"), ("0f01cf", "sgx"),
@@ -126,6 +126,11 @@ def test_an_instruction_exists_with_its_feature_only(code: str, feature: str) ->
     features = parse_cpu("max").features | {feature}
     assert is_offered(decoded, CpuidTable(CpuModel("test", features).entries()))
     assert not is_offered(decoded, CpuidTable(CpuModel("test", features - {feature}).entries()))
+
+
+@pytest.mark.parametrize("code", ["0f01c1", "0f01d9"], ids=["vmcall", "vmmcall"])
+def test_hypercalls_are_for_the_hypervisor_to_judge(code: str) -> None:
+    assert is_offered(instruction(code), CpuidTable([]))
 
 
 def test_lahf_outside_64_bit_mode_has_always_been_there() -> None:

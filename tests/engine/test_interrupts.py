@@ -29,9 +29,7 @@ IRQ1_VECTOR = 0x21
 @pytest.fixture(scope="module")
 def interrupt_guest() -> Guest:
     """A guest with an interrupt controller."""
-    guest = Guest()
-    guest.vm.create_irqchip()
-    return guest
+    return Guest(irqchip=True)
 
 
 @pytest.fixture

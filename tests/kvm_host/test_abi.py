@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from lasskvm.kvm.host import KvmIoctlError, abi, ioctls
+from lasskvm.kvm.host import KvmIoctlError, abi, ioctls, irqchip_abi
 from lasskvm.kvm.host.run_abi import Run
 
 SIZES = {
@@ -41,6 +41,14 @@ SIZES = {
     abi.EnableCap: 104,
     abi.MsrFilterRange: 24,
     abi.MsrFilter: 392,
+    irqchip_abi.PicState: 16,
+    irqchip_abi.IoapicState: 216,
+    irqchip_abi.Irqchip: 520,
+    irqchip_abi.PitState2: 112,
+    irqchip_abi.LapicState: 1024,
+    irqchip_abi.IrqRouting: 8,
+    irqchip_abi.IrqRoutingEntry: 48,
+    irqchip_abi.Msi: 32,
 }
 
 
@@ -76,6 +84,12 @@ def test_kvm_run_begins_as_the_kernel_writes_it() -> None:
     assert ctypes.sizeof(run) == 32 + 256
 
 
+def test_unions_begin_where_the_kernel_has_them() -> None:
+    assert irqchip_abi.Irqchip.chip.offset == 8
+    assert irqchip_abi.IrqRoutingEntry.u.offset == 16
+    assert irqchip_abi.IoapicState.redirtbl.offset == 24
+
+
 def test_late_fields_of_vcpu_events_are_where_the_kernel_has_them() -> None:
     assert abi.VcpuEvents.triple_fault_pending.offset == 28
     assert abi.VcpuEvents.exception_has_payload.offset == 55
@@ -90,12 +104,20 @@ def test_late_fields_of_vcpu_events_are_where_the_kernel_has_them() -> None:
         (ioctls.KVM_GET_SUPPORTED_CPUID, 0xC008AE05),
         (ioctls.KVM_SET_USER_MEMORY_REGION, 0x4020AE46),
         (ioctls.KVM_SET_IDENTITY_MAP_ADDR, 0x4008AE48),
+        (ioctls.KVM_GET_IRQCHIP, 0xC208AE62),
+        (ioctls.KVM_SET_IRQCHIP, 0x8208AE63),
+        (ioctls.KVM_SET_GSI_ROUTING, 0x4008AE6A),
         (ioctls.KVM_GET_CLOCK, 0x8030AE7C),
         (ioctls.KVM_RUN, 0xAE80),
         (ioctls.KVM_GET_SREGS, 0x8138AE83),
         (ioctls.KVM_TRANSLATE, 0xC018AE85),
         (ioctls.KVM_SET_SIGNAL_MASK, 0x4004AE8B),
         (ioctls.KVM_GET_FPU, 0x81A0AE8C),
+        (ioctls.KVM_GET_LAPIC, 0x8400AE8E),
+        (ioctls.KVM_SET_LAPIC, 0x4400AE8F),
+        (ioctls.KVM_GET_PIT2, 0x8070AE9F),
+        (ioctls.KVM_SET_PIT2, 0x4070AEA0),
+        (ioctls.KVM_SIGNAL_MSI, 0x4020AEA5),
         (ioctls.KVM_SET_GUEST_DEBUG, 0x4048AE9B),
         (ioctls.KVM_ENABLE_CAP, 0x4068AEA3),
         (ioctls.KVM_GET_XSAVE, 0x9000AEA4),

@@ -30,6 +30,6 @@ def print_models() -> None:
 def _rows() -> Iterator[tuple[str, frozenset[str]]]:
     for model in list_models():
         yield model.name, model.features
-        yield "  on request, +NAME", SUPPORTED - model.features
+        yield "  on request, +NAME", model.available - model.features
     places = {FEATURES[name] for name in SUPPORTED}
     yield "not virtualized", frozenset(name for name, place in FEATURES.items() if place not in places)

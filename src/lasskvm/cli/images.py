@@ -1,9 +1,10 @@
-"""``lasskvm images``: pulling guest kernels and listing them."""
+"""``lasskvm images``: pulling guest kernels and firmware, and listing them."""
 
 from __future__ import annotations
 
 import json
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LIST_EXAMPLE", "PULL_EXAMPLE", "list_images", "pull"]
 
-PULL_EXAMPLE = """[bold]Example:[/] Debian's newest cloud kernel, from the mirror this host uses
+PULL_EXAMPLE = """[bold]Examples:[/] Debian's newest cloud kernel, from the mirror this host uses; a memory test
 
-lasskvm images pull debian"""
+lasskvm images pull debian
+
+lasskvm images pull memtest86+"""
 LIST_EXAMPLE = """[bold]Example:[/] where is the kernel that `lasskvm run debian` boots?
 
 lasskvm images list --format json"""
@@ -40,14 +43,17 @@ class Format(StrEnum):
 
 @reports_errors
 def pull(
-    name: Annotated[str, typer.Argument(help="The image: debian.")],
+    name: Annotated[str, typer.Argument(help="The image: debian, seabios or memtest86+.")],
     suite: Annotated[str, typer.Option(help="The release to take it from.")] = _DEFAULT_SUITE,
 ) -> None:
-    """Get a current kernel and a static busybox, with signatures checked, into the cache."""
-    from lasskvm.images import IMAGE_NAMES, pull_debian
+    """Get an image, from Debian and with signatures checked, into the cache.
 
-    if name not in IMAGE_NAMES:
-        raise ImageError(f'there is no image "{name}" to pull; {nearest(name, IMAGE_NAMES)}')
+    debian is a current kernel and a static busybox, seabios a PC firmware, memtest86+ a memory test.
+    """
+    from lasskvm import images
+
+    if name not in images.IMAGE_NAMES:
+        raise ImageError(f'there is no image "{name}" to pull; {nearest(name, images.IMAGE_NAMES)}')
     console = Console(stderr=True, highlight=False)
     with console.status("starting") as status:
 
@@ -55,8 +61,8 @@ def pull(
             console.print(line, markup=False)
             status.update(line)
 
-        image = pull_debian(suite=suite, progress=progress)
-    console.print(f"{image.name} {image.version}: {image.kernel}", markup=False, soft_wrap=True)
+        image = images.pull(name, suite=suite, progress=progress)
+    console.print(f"{image.name} {image.version}: {image.path}", markup=False, soft_wrap=True)
 
 
 @reports_errors
@@ -74,7 +80,7 @@ def list_images(
         names = ", ".join(IMAGE_NAMES)
         typer.echo(f"No image has been pulled yet; `lasskvm images pull NAME` gets one of: {names}", err=True)
         return
-    table = Table("name", "kernel", "suite", "pulled")
+    table = Table("name", "version", "suite", "pulled")
     for image in images:
         manifest = image.manifest
         table.add_row(
@@ -88,10 +94,15 @@ def _as_json(image: Image) -> dict[str, object]:
     return {
         "name": image.name,
         "version": image.version,
-        "kernel": str(image.kernel),
-        "busybox": None if image.busybox is None else str(image.busybox),
+        "kernel": _as_text(image.kernel),
+        "busybox": _as_text(image.busybox),
+        "firmware": _as_text(image.firmware),
         "suite": manifest.suite if manifest else None,
         "date": manifest.date if manifest else None,
         "packages": manifest.packages if manifest else {},
         "sha256": manifest.sha256 if manifest else {},
     }
+
+
+def _as_text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

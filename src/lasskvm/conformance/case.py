@@ -179,7 +179,7 @@ class Case:
     what becomes of it with CR4.LASS = 1, *off* with CR4.LASS = 0 (None: there is no such contrast). The state at its
     begin is that of :mod:`lasskvm.conformance.layout` with *registers*, *rflags* (added to the fixed ones), *sregs*
     (fields of ``Sregs``), *msrs*, the *setup* steps on memory, CR4.SMAP and CR4.SMEP as *smap* and *smep* say, and
-    *cr4* added.
+    *cr4* and, in IA-32e mode, *cr3* added.
     """
 
     id: str
@@ -197,6 +197,7 @@ class Case:
     smap: bool = True
     smep: bool = True
     cr4: int = 0
+    cr3: int = 0
     #: CR4.LASS at the start, where *lass* is expected.
     enabled: bool = True
     sregs: Mapping[str, object] = field(default_factory=dict)

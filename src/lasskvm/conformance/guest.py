@@ -82,8 +82,8 @@ class Guest:
     """One guest, used for many programs.
 
     *cpu* is a CPU model as ``--cpu`` takes it, *levels* those of the page tables; *engine* and *forced_emulation* are
-    those of :class:`~lasskvm.kvm.Vm`. :meth:`reset` makes everything as it
-    was at the start. In between, memory and ``tables`` may be changed at will, and so may these attributes, which
+    those of :class:`~lasskvm.kvm.Vm`, and *irqchip* says whether it has interrupt chips. :meth:`reset` makes everything
+    as it was at the start. In between, memory and ``tables`` may be changed at will, and so may these attributes, which
     count for the programs started next:
 
     ``cr0``, ``cr4``, ``efer``
@@ -105,8 +105,11 @@ class Guest:
         levels: int = 4,
         engine: ExecutionEngine = "jit",
         forced_emulation: bool = False,
+        irqchip: bool = False,
     ) -> None:
         self.vm = Vm(engine, forced_emulation=forced_emulation)
+        if irqchip:
+            self.vm.create_irqchip()
         self.vm.set_user_memory_region(0, 0, self.vm.allocate(layout.MEMORY_BYTES))
         self.memory = self.vm.memory
         self.vcpu = self.vm.create_vcpu()

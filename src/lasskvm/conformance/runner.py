@@ -165,7 +165,7 @@ class Runner:
 
 
 #: Features that the soft provider's usual processor lacks, so that asking for one makes another processor.
-_ON_REQUEST = frozenset(("la57", "pku", "pks", "erms", "fsrm", "serialize"))
+_ON_REQUEST = frozenset(("la57", "pku", "pks", "erms", "fsrm", "serialize", "lam"))
 
 
 def disassembly(case: Case, code: bytes, address: int) -> str:

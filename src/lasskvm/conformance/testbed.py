@@ -237,6 +237,8 @@ class Testbed:
         sregs.cr4 &= ~(CR4_SMAP | CR4_SMEP | CR4_LASS)
         if self._tables.levels > layout.DEFAULT_LEVELS:
             sregs.cr4 |= CR4_LA57
+        if case.mode.is_ia32e:
+            sregs.cr3 |= case.cr3
         sregs.cr4 |= CR4_SMAP * case.smap | CR4_SMEP * case.smep | CR4_LASS * lass | case.cr4
         return replace(sregs, **case.sregs)  # type: ignore[arg-type]
 

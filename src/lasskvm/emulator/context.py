@@ -57,6 +57,10 @@ def _no_port_writes(port: int, size: int, value: int) -> bool:
     return False
 
 
+def _nobody() -> None:
+    """What a write to CR8 means without a local APIC."""
+
+
 @dataclass
 class Emulation:
     """The context that every handler gets; KVM's ``struct x86_emulate_ctxt``, without the instruction.
@@ -73,6 +77,8 @@ class Emulation:
     ``read_port`` and ``write_port`` ask the VM's own devices; what they do not claim is the VMM's to answer.
     ``watch_hits`` are the data and I/O breakpoints (bits 3:0 as in DR6) that the instruction in progress has met.
     ``msr_permission`` is the VM's MSR filter, if it has one, and ``debugger`` that of the VMM.
+    ``hypercall`` answers VMCALL and VMMCALL, which are #UD without it.
+    ``task_priority_written`` is called behind each MOV to CR8, for the local APIC.
     """
 
     words: Words
@@ -93,4 +99,6 @@ class Emulation:
     forced_emulation: bool = False
     msr_permission: MsrPermission | None = None
     debugger: DebugMonitor | None = None
+    hypercall: Callable[[Emulation], None] | None = None
+    task_priority_written: Callable[[], None] = _nobody
     decoded: Decoded | None = None

@@ -57,9 +57,12 @@ from lasskvm.x86.registers import (
     CR0_PG,
     CR0_TS,
     CR0_WP,
+    CR3_LAM_U48,
+    CR3_LAM_U57,
     CR4_CET,
     CR4_DE,
     CR4_LA57,
+    CR4_LAM_SUP,
     CR4_LASS,
     CR4_PAE,
     CR4_PCIDE,
@@ -88,6 +91,7 @@ from lasskvm.x86.registers import (
 __all__ = [
     "clear_task_switched",
     "get_dr",
+    "is_legal_cr3",
     "load_machine_status_word",
     "set_cr0",
     "set_cr3",
@@ -116,6 +120,7 @@ _CR4_TRANSLATION = (
     | CR4_CET
     | CR4_PKS
     | CR4_LASS
+    | CR4_LAM_SUP
 )
 #: A change of one of these makes PAE paging load its PDPTE registers again (SDM volume 3A, 4.4.1).
 _CR0_LOADS_PDPTES = CR0_PG | CR0_CD | CR0_NW
@@ -125,6 +130,7 @@ _MACHINE_STATUS_WORD = CR0_PE | CR0_MP | CR0_EM | CR0_TS
 #: With CR4.PCIDE, the bit of MOV to CR3's operand that asks to keep translations; it is not written to CR3.
 _CR3_NO_FLUSH = 1 << 63
 _CR3_PCID = 0xFFF
+_CR3_LAM = CR3_LAM_U48 | CR3_LAM_U57
 _CR3_PDPT_ADDRESS = 0xFFFFFFE0
 _PDPTE_BYTES = 8
 _CR8_TPR = 0xF
@@ -139,14 +145,14 @@ _LAST_ADDRESS_REGISTER = 3
 def set_cr3(state: Words, memory: PhysicalMemory, value: int) -> int:
     """MOV to CR3: 0, or #GP's vector (error code 0) with nothing changed.
 
-    In IA-32e mode bits from MAXPHYADDR up are reserved; with PAE paging the PDPTE registers are loaded and
+    In IA-32e mode reserved bits are refused (:func:`is_legal_cr3`); with PAE paging the PDPTE registers are loaded and
     checked. With CR4.PCIDE, bit 63 of *value* permits to keep translations. They are forgotten nevertheless, as the
     manual allows: there is one set of them, and it belongs to the current PCID.
     """
     if state[EFER] & EFER_LMA != 0:
         if state[CR4] & CR4_PCIDE != 0:
             value = value & (MASK64 ^ _CR3_NO_FLUSH)
-        if value >> state[MAXPHYADDR] != 0:
+        if not is_legal_cr3(state, value):
             return GP
     else:
         value = value & MASK32
@@ -157,6 +163,16 @@ def set_cr3(state: Words, memory: PhysicalMemory, value: int) -> int:
     state[CR3] = value
     state[TLB_FLUSH] = 1
     return 0
+
+
+def is_legal_cr3(state: Words, value: int) -> bool:
+    """Whether CR3 may hold *value* in IA-32e mode: bits from MAXPHYADDR up are reserved, but for those of LAM.
+
+    Those exist for processors that have LAM, which CR4.LAM_SUP tells. KVM's ``kvm_vcpu_is_legal_cr3()``.
+    """
+    if state[CR4_ALLOWED] & CR4_LAM_SUP != 0:
+        value = value & (MASK64 ^ _CR3_LAM)
+    return value >> state[MAXPHYADDR] == 0
 
 
 def load_pdptes(state: Words, memory: PhysicalMemory, cr3: int) -> int:

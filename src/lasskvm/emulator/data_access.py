@@ -11,7 +11,7 @@ from __future__ import annotations
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.faults import GuestFault, raise_linear_fault
 from lasskvm.emulator.linearize import linearize, segment_address
-from lasskvm.emulator.mmu import next_linear
+from lasskvm.emulator.mmu import next_linear, untagged
 from lasskvm.emulator.modes import in_64bit_mode
 from lasskvm.emulator.watch import watch_hit
 from lasskvm.lass import STACK, WRITE
@@ -107,7 +107,7 @@ def _locate(ctx: Emulation, segment: int, offset: int, size: int, flags: int) ->
             rest_gpa = _translate(ctx, next_linear(words, address, first), size - first, flags)
             pieces.append((rest_gpa, size - first))
     if words[DR7] & _DR7_ENABLED:
-        ctx.watch_hits |= watch_hit(words, address, size, flags)
+        ctx.watch_hits |= watch_hit(words, untagged(words, address, flags), size, flags)
     return pieces
 
 
@@ -116,7 +116,8 @@ def _translate(ctx: Emulation, address: int, size: int, flags: int) -> int:
     gpa, _, vector, error_code = ctx.translate(
         words, ctx.memory, address, size, flags, words[CPL], words[RFLAGS]
     )
-    raise_linear_fault(vector, error_code, address)
+    if vector:
+        raise_linear_fault(vector, error_code, untagged(words, address, flags))
     if ctx.tlb.enabled:
         ctx.tlb.keep(ctx.memory, address & ~PAGE_MASK, gpa & ~PAGE_MASK, flags & WRITE != 0)
     return gpa

@@ -31,7 +31,7 @@ from iced_x86 import (
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.faults import general_protection, invalid_opcode, raise_linear_fault
 from lasskvm.emulator.linearize import linear_address, linearize
-from lasskvm.emulator.mmu import next_linear
+from lasskvm.emulator.mmu import next_linear, untagged
 from lasskvm.emulator.modes import code_bits
 from lasskvm.lass import FETCH, STACK
 from lasskvm.memory import PAGE_SIZE
@@ -233,13 +233,13 @@ def is_read_modify_write(words: Words, decoded: Decoded, address: int) -> bool:
 
 
 def _access_at(words: Words, decoded: Decoded, address: int) -> MemoryOperand | None:
-    """The access that covers *address*; else the first one whose extent depends on the state.
+    """The access that covers *address*, untagged; else the first one whose extent depends on the state.
 
     None for an access that the instruction does not make itself: reading a descriptor, say.
     """
     for operand in decoded.accesses:
         offset = effective_address(words, operand)
-        start = linear_address(words, operand.segment, offset)
+        start = untagged(words, linear_address(words, operand.segment, offset), 0)
         if (address - start) & MASK64 < max(operand.size, 1):
             return operand
     reaches_anywhere = decoded.instruction.mnemonic in _BIT_STRING_INSTRUCTIONS

@@ -12,7 +12,7 @@ Source: Intel SDM volume 3A, 7.12 to 7.14 (procedure calls, error codes, 64-bit 
 (operation).
 """
 
-from lasskvm.emulator.mmu import next_linear, store_linear, translate
+from lasskvm.emulator.mmu import next_linear, store_linear, translate, untagged
 from lasskvm.emulator.modes import in_ia32e_mode, linear_address_bits
 from lasskvm.emulator.tables import (
     is_null_selector,
@@ -295,7 +295,7 @@ def _push_frame(
     if base & _PAGE_OFFSET <= _PAGE_SIZE - size:
         gpa, _, vector, fault_code = translate(state, memory, base, size, WRITE | STACK, cpl, state[RFLAGS])
         if vector != 0:
-            return 0, vector, fault_code, (top - _WORD_BYTES) & MASK64
+            return 0, vector, fault_code, untagged(state, (top - _WORD_BYTES) & MASK64, STACK)
         where = gpa + size
         for value in pushed:
             if where != gpa:

@@ -2,7 +2,7 @@
 
 In 64-bit mode the canonical rule and LASS apply, elsewhere segment types and limits do (in compatibility mode
 LASS too). A failed check is #GP(0), or #SS(0) when the access goes through the stack segment or carries the
-``STACK`` flag.
+``STACK`` flag. The address that results is the one that the program forms, LAM's metadata included.
 
 Source: Intel SDM volume 3A, 6.3 to 6.5 (limit and type checking); KVM's ``__linearize()``.
 """

@@ -1,4 +1,4 @@
-"""From linear to physical: the canonical rule, LASS, and the page walk, in the order in which a processor applies them.
+"""From linear to physical: LAM, the canonical rule, LASS, and the page walk, in a processor's order.
 
 Plain functions over integers. The TLB fill of direct execution calls them compiled; event delivery and the emulator
 call them compiled or as they are. A fault is returned, not raised: ``vector`` is 0 (no fault), or #GP or #SS with
@@ -6,21 +6,29 @@ error code 0 for an address that is not canonical or violates LASS, or #PF with 
 
 *flags* describe the access (:mod:`lasskvm.lass`); *cpl* and *rflags* are given, not read from the state, because
 direct execution keeps them elsewhere while the guest runs, and because event delivery pushes with a CPL of its own.
+
+Addresses are given as the program forms them: each function takes LAM's metadata off by itself, byte for byte, by
+:func:`untagged`. Whoever reports an address that was accessed (CR2, breakpoints) asks that function, too.
 Source: Intel SDM volume 3A, chapter 5 (paging), volume 1, 3.3.7 (canonical), 6.4.5 (page-crossing accesses).
 """
 
 from lasskvm.lass import FETCH, IMPLICIT, STACK, WRITE, is_lass_violation
 from lasskvm.state import CR0, CR3, CR4, EFER, MAXPHYADDR, PDPTR0, PKRS, PKRU, Words
-from lasskvm.x86.address import is_canonical
+from lasskvm.x86.address import is_canonical, untag
 from lasskvm.x86.exceptions import GP, PF, SS
 from lasskvm.x86.paging import PhysicalMemory, load_physical, store_physical, walk
 from lasskvm.x86.registers import CR4_LA57, EFER_LMA, MASK64, RFLAGS_AC
 
-__all__ = ["check_linear", "load_linear", "locate", "next_linear", "store_linear", "translate"]
+__all__ = ["check_linear", "load_linear", "locate", "next_linear", "store_linear", "translate", "untagged"]
 
 _PAGE_OFFSET = 0xFFF
 _PAGE_SIZE = 0x1000
 _MASK32 = 0xFFFFFFFF
+
+
+def untagged(state: Words, address: int, flags: int) -> int:
+    """What an access of kind *flags* at *address* really accesses: the address without LAM's metadata."""
+    return untag(address, flags, state[CR3], state[CR4])
 
 
 def check_linear(state: Words, address: int, size: int, flags: int, cpl: int, rflags: int) -> int:
@@ -35,8 +43,8 @@ def check_linear(state: Words, address: int, size: int, flags: int, cpl: int, rf
         bits = 57
     last = (address + size - (size != 0)) & MASK64
     if (
-        is_canonical(address, bits)
-        and is_canonical(last, bits)
+        is_canonical(untagged(state, address, flags), bits)
+        and is_canonical(untagged(state, last, flags), bits)
         and not is_lass_violation(address, size, flags, cpl, state[CR4], state[EFER], rflags)
     ):
         return 0
@@ -56,6 +64,7 @@ def translate(
     vector = check_linear(state, address, size, flags, cpl, rflags)
     if vector != 0:
         return 0, 0, vector, 0
+    address = untagged(state, address, flags)
     explicit = flags & IMPLICIT == 0
     user = explicit and cpl == 3
     ac = explicit and rflags & RFLAGS_AC != 0
@@ -83,21 +92,22 @@ def locate(
     """Where the bytes of an access of 1 to 4096 bytes lie: ``(gpa, rest_gpa, vector, error_code, fault_address)``.
 
     *rest_gpa* is that of the bytes on the second page, when there are any. Everything is checked before anything is
-    accessed, so that an access across a page end happens as a whole or not at all.
+    accessed, so that an access across a page end happens as a whole or not at all. *fault_address* is what CR2 gets.
     """
+    reported = untagged(state, address, flags)
     vector = check_linear(state, address, size, flags, cpl, rflags)
     if vector != 0:
-        return 0, 0, vector, 0, address
+        return 0, 0, vector, 0, reported
     first = _PAGE_SIZE - (address & _PAGE_OFFSET)
     if first >= size:
         gpa, _, vector, error_code = translate(state, memory, address, size, flags, cpl, rflags)
-        return gpa, 0, vector, error_code, address
+        return gpa, 0, vector, error_code, reported
     gpa, _, vector, error_code = translate(state, memory, address, first, flags, cpl, rflags)
     if vector != 0:
-        return 0, 0, vector, error_code, address
+        return 0, 0, vector, error_code, reported
     rest = next_linear(state, address, first)
     rest_gpa, _, vector, error_code = translate(state, memory, rest, size - first, flags, cpl, rflags)
-    return gpa, rest_gpa, vector, error_code, rest
+    return gpa, rest_gpa, vector, error_code, untagged(state, rest, flags)
 
 
 def load_linear(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lasskvm.emulator import msr_checks as check
 from lasskvm.emulator.control import set_efer
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MSRS",
     "NOT_A_BASE_MSR",
+    "AttachedMsr",
     "Msr",
     "MsrAccessNeeded",
     "MsrFile",
@@ -163,6 +164,15 @@ def _msr_table() -> dict[int, Msr]:
         msr.MSR_PKG_ENERGY_STATUS: Msr(),
         msr.MSR_DRAM_ENERGY_STATUS: Msr(),
         msr.MSR_PP0_ENERGY_STATUS: Msr(),
+        # AMD's, which KVM gives to all guests
+        msr.MSR_AMD64_SYSCFG: Msr(),
+        msr.MSR_K7_HWCR: Msr(
+            default=msr.HWCR_TSC_FREQUENCY_SELECT,
+            writable=msr.HWCR_MC_STATUS_WRITE_ENABLE | msr.HWCR_TSC_FREQUENCY_SELECT,
+            ignored=msr.HWCR_TLB_CACHE_DISABLE | msr.HWCR_FLUSH_FILTER_DISABLE | msr.HWCR_IGNNE_EMULATION,
+        ),
+        msr.MSR_AMD64_NB_CFG: Msr(ignored=MASK64),
+        msr.MSR_AMD64_DE_CFG: Msr(default=msr.DE_CFG_LFENCE_SERIALIZE),
         # Memory types: kept, and without effect
         msr.MSR_IA32_MTRRCAP: Msr(default=_MTRR_CAPABILITIES),
         msr.MSR_IA32_MTRR_DEF_TYPE: Msr(writable=check.MTRR_DEF_TYPE_BITS, check=check.mtrr_default_type),
@@ -185,12 +195,23 @@ def _msr_table() -> dict[int, Msr]:
 MSRS: dict[int, Msr] = _msr_table()
 
 
+class AttachedMsr(NamedTuple):
+    """An MSR that a device owns. Both may raise :class:`GuestFault`; ``host_write`` is for a VMM's ``KVM_SET_MSRS``."""
+
+    read: Callable[[], int]
+    write: Callable[[int], None]
+    host_write: Callable[[int], None]
+
+
+def _nobody() -> None:
+    """What a change of the time-stamp counter means to nobody."""
+
+
 class MsrFile:
     """The MSRs of one vCPU that are not state words.
 
-    ``values`` holds them by index. ``tsc_offset`` is added to the host's time-stamp counter. ``attached``
-    holds the MSRs that a device owns: index to ``(read, write)``, either of which may raise
-    :class:`GuestFault`.
+    ``values`` holds them by index. ``tsc_offset`` is added to the host's time-stamp counter, and ``tsc_changed`` is
+    called when it has changed. ``attached`` holds the MSRs that devices own.
     """
 
     def __init__(self, cpuid: CpuidTable) -> None:
@@ -198,11 +219,23 @@ class MsrFile:
         self.values = {index: entry.default for index, entry in MSRS.items() if entry.word is None}
         self.tsc_offset = 0
         self.tsc_adjust = 0
-        self.attached: dict[int, tuple[Callable[[], int], Callable[[int], None]]] = {}
+        self.tsc_changed: Callable[[], None] = _nobody
+        self.attached: dict[int, AttachedMsr] = {}
 
-    def attach(self, index: int, read: Callable[[], int], write: Callable[[int], None]) -> None:
-        """Let *read* and *write* answer for MSR *index*."""
-        self.attached[index] = read, write
+    def attach(
+        self,
+        index: int,
+        read: Callable[[], int],
+        write: Callable[[int], None],
+        host_write: Callable[[int], None] | None = None,
+    ) -> None:
+        """Let *read* and *write* answer for MSR *index*; *host_write* for the VMM's writes, if they differ."""
+        self.attached[index] = AttachedMsr(read, write, host_write or write)
+
+    def move_tsc(self, offset: int, adjust: int) -> None:
+        """Set the time-stamp counter's offset, and what IA32_TSC_ADJUST says of it."""
+        self.tsc_offset, self.tsc_adjust = offset & MASK64, adjust & MASK64
+        self.tsc_changed()
 
     @property
     def cpuid_faulting(self) -> bool:
@@ -231,7 +264,7 @@ def read_msr(ctx: Emulation, index: int, *, host_initiated: bool = False) -> int
     *host_initiated* is a VMM's ``KVM_GET_MSRS``, to which CPUID is no obstacle.
     """
     if index in ctx.msrs.attached:
-        return ctx.msrs.attached[index][0]()
+        return ctx.msrs.attached[index].read()
     if index == msr.MSR_IA32_EFER:
         return ctx.words[EFER]
     if index == msr.MSR_IA32_TSC:
@@ -247,20 +280,22 @@ def read_msr(ctx: Emulation, index: int, *, host_initiated: bool = False) -> int
 def write_msr(ctx: Emulation, index: int, value: int, *, host_initiated: bool = False) -> None:
     """WRMSR; raises #GP(0) as :class:`GuestFault` with nothing changed.
 
-    *host_initiated* is a VMM's ``KVM_SET_MSRS``: it may also write what is read-only to the guest.
+    *host_initiated* is a VMM's ``KVM_SET_MSRS``: it may also write what is read-only to the guest, and sets the
+    time-stamp counter and IA32_TSC_ADJUST each without the other.
     """
     words, msrs = ctx.words, ctx.msrs
     if index in msrs.attached:
-        msrs.attached[index][1](value)
+        attached = msrs.attached[index]
+        (attached.host_write if host_initiated else attached.write)(value)
     elif index == msr.MSR_IA32_EFER:
         set_efer(words, value)
     elif index == msr.MSR_IA32_TSC:
-        offset = value - ctx.read_tsc() & MASK64
-        msrs.tsc_adjust = msrs.tsc_adjust + offset - msrs.tsc_offset & MASK64
-        msrs.tsc_offset = offset
+        offset = value - ctx.read_tsc()
+        adjusted = 0 if host_initiated else offset - msrs.tsc_offset
+        msrs.move_tsc(offset, msrs.tsc_adjust + adjusted)
     elif index == msr.MSR_IA32_TSC_ADJUST and _has_any(ctx, ("tsc_adjust",), host_initiated):
-        msrs.tsc_offset = msrs.tsc_offset + value - msrs.tsc_adjust & MASK64
-        msrs.tsc_adjust = value
+        moved = 0 if host_initiated else value - msrs.tsc_adjust
+        msrs.move_tsc(msrs.tsc_offset + moved, value)
     else:
         _write_entry(ctx, index, value, host_initiated)
 

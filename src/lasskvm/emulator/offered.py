@@ -121,6 +121,9 @@ _HINTS = frozenset(
     )
 )
 
+#: Who answers hypercalls decides, whatever CPUID says (:mod:`lasskvm.emulator.instructions.hypercalls`).
+_HYPERCALLS = frozenset((Mnemonic.VMCALL, Mnemonic.VMMCALL))
+
 #: In 64-bit mode they have a feature bit of their own.
 _FLAG_TRANSFERS = frozenset((Mnemonic.LAHF, Mnemonic.SAHF))
 
@@ -139,7 +142,7 @@ _WITHOUT_PREFIX: dict[int, tuple[str, int]] = {
 def is_offered(decoded: Decoded, cpuid: CpuidTable) -> bool:
     """Whether a processor with *cpuid* executes *decoded* at all; if not, it raises #UD."""
     instruction = decoded.instruction
-    if instruction.mnemonic in _HINTS:
+    if instruction.mnemonic in _HINTS or instruction.mnemonic in _HYPERCALLS:
         return True
     if decoded.bits == 64 and instruction.mnemonic in _FLAG_TRANSFERS and not cpuid.has("lahf_lm"):
         return False

@@ -5,6 +5,9 @@ is one set of pages for each way of asking (user or supervisor, with or without 
 for loads and one for stores, keyed by linear page number. Only pages that lie wholly in a memory slot get in; stores to
 read-only slots and to pages that hold decoded code never do, so the slow path sees them.
 
+Pages are known by the addresses that programs form. With LAM a page has as many of those as there are tags, so whoever
+forgets one page has to forget all; INVLPG does.
+
 Source: Intel SDM volume 3A, 5.10 (caching translation information).
 """
 

@@ -7,6 +7,10 @@ class: it knows the size of the access and the MMU index, and raises faults from
 Where a translation ends in no memory slot, nothing is installed: the instruction ends undone, and the VMM emulates it
 with its accesses to devices (MMIO).
 
+With LAM, entries are known by the addresses that programs form, metadata included. What an address with metadata means
+depends on the access, so its entry serves explicit data accesses, or fetches, but never both. The entries that a page
+has under other tags cannot be found again; so INVLPG, which is intercepted, forgets everything.
+
 The fill also keeps W^X per physical page: a page is never writable through a fast TLB entry while translated code of
 it exists, through whatever alias. Unicorn alone would miss writes behind the first.
 """
@@ -15,7 +19,7 @@ from typing import Any
 
 from numba import types
 
-from lasskvm.emulator.mmu import translate
+from lasskvm.emulator.mmu import translate, untagged
 from lasskvm.emulator.watch import watch_hit, watched_page
 from lasskvm.engine.context import (
     COUNT_CODE_INVALIDATIONS,
@@ -89,6 +93,7 @@ _PAGE_SHIFT = 12
 _EVERY_ACCESS = 1
 
 _PERM_RWX = PERM_R | PERM_W | PERM_X
+_PERM_WX = PERM_W | PERM_X
 #: Masks of MMU indexes.
 _USER_INDEXES = 1 << MMU_USER
 _SUPERVISOR_INDEXES = 1 << MMU_KERNEL | 1 << MMU_KERNEL_NO_SMAP
@@ -140,6 +145,8 @@ def fill(
     rflags = guest_rflags(env)
     flags = 0
     every_access = False
+    linear = untagged(state, address, 0)
+    tagged = linear != address
     if access == _ACCESS_FETCH:
         flags = FETCH
     else:
@@ -148,18 +155,20 @@ def fill(
         if cpl == 3:
             if mmu_index != MMU_USER:
                 flags |= IMPLICIT
-        elif may_be_implicit(state, address, rflags):
+        elif may_be_implicit(state, address, rflags) or (tagged and touches_system_table(state, address)):
             every_access = True
             if return_address != 0:
                 _restore_state(load64(context + 8 * FN_RESTORE_STATE), cpu, return_address, 0)
             if is_implicit(env, state, memory):
                 flags |= IMPLICIT
+    if flags & (FETCH | IMPLICIT) != 0:
+        linear = address
     gpa, permissions, vector, error_code = translate(state, memory, address, size, flags, cpl, rflags)
     if vector != 0:
         if probe != 0:
             return 0
         store64(context + 8 * COUNT_FAULTS, load64(context + 8 * COUNT_FAULTS) + 1)
-        raise_fault(context, vector, error_code, address, flags, return_address)
+        raise_fault(context, vector, error_code, linear, flags, return_address)
     if load64(memory + 8 * TABLE_CODE_STORES) != 0:
         forget_stored_code(cpu, context, memory)
     slot = find_slot(memory, gpa)
@@ -176,9 +185,9 @@ def fill(
     permissions = _keep_write_xor_execute(cpu, context, memory, slot, page, permissions & _PERM_RWX, flags)
     if permissions & PERM_W != 0:
         permissions = _log_dirty_page(slot, page, permissions, flags)
-    if flags & FETCH == 0 and watched_page(state, address):
+    if flags & FETCH == 0 and watched_page(state, linear):
         every_access = True
-        hit = watch_hit(state, address, size, flags)
+        hit = watch_hit(state, linear, size, flags)
         if hit != 0 and load64(context + 8 * WATCH_HIT) == 0:
             # Data breakpoints are traps: run the instruction again under TF and report both when it has ended.
             store64(context + 8 * WATCH_HIT, hit)
@@ -188,10 +197,15 @@ def fill(
             _loop_exit_noexc(load64(context + 8 * FN_LOOP_EXIT_NOEXC), cpu)
     if is_global == 0:
         _note_local_page(context, address & _PAGE_MASK, mmu_index)
+    granted = permissions
+    if tagged:
+        granted = _for_one_meaning(permissions, flags)
+        # Unicorn checks stores for code that they overwrite only where the entry is for code, too.
+        every_access = every_access or flags & IMPLICIT != 0 or permissions & _PERM_WX == _PERM_WX
     extent = _PAGE_SIZE
     if every_access:
         extent = _EVERY_ACCESS
-    _install(cpu, context, address, gpa, permissions, mmu_index, extent)
+    _install(cpu, context, address, gpa, granted, mmu_index, extent)
     if flags & WRITE != 0 and permissions & PERM_X == 0 and not every_access:
         # Unicorn would look for translated code at the first store; there is none.
         _tlb_set_dirty(load64(context + 8 * FN_TLB_SET_DIRTY), cpu, address & _PAGE_MASK)
@@ -210,6 +224,13 @@ def _install(
         mmu_index,
         extent,
     )
+
+
+def _for_one_meaning(permissions: int, flags: int) -> int:
+    """Of *permissions*, those of an address that code and data take for different places, for the access at hand."""
+    if flags & FETCH != 0:
+        return permissions & PERM_X
+    return permissions & (PERM_R | PERM_W)
 
 
 def _note_local_page(context: int, page: int, mmu_index: int) -> None:

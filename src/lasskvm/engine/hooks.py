@@ -54,7 +54,7 @@ from lasskvm.engine.context import (
     WATCH_BORROWED_TF,
     WATCH_HIT,
 )
-from lasskvm.engine.fill import flush_local, forget_stored_code
+from lasskvm.engine.fill import flush_local, flush_tlb, forget_stored_code
 from lasskvm.engine.leaving import end_run, leave_instruction
 from lasskvm.engine.native import callback, load64, store64
 from lasskvm.engine.native import words_at as words
@@ -77,6 +77,7 @@ from lasskvm.lass import FETCH, IMPLICIT, WRITE
 from lasskvm.memory import TABLE_CODE_STORES
 from lasskvm.state import (
     CR2,
+    CR3,
     CR4,
     DR7,
     EFER,
@@ -95,7 +96,17 @@ from lasskvm.state import (
 )
 from lasskvm.x86.exceptions import DB, PF, UD
 from lasskvm.x86.opcodes import ONE_BYTE_RMW, TWO_BYTE_RMW, has_opcode
-from lasskvm.x86.registers import CR4_FSGSBASE, EFER_LMA, FS, MASK32, MASK64, RFLAGS_RF, RFLAGS_TF
+from lasskvm.x86.registers import (
+    CR3_LAM_U48,
+    CR3_LAM_U57,
+    CR4_FSGSBASE,
+    EFER_LMA,
+    FS,
+    MASK32,
+    MASK64,
+    RFLAGS_RF,
+    RFLAGS_TF,
+)
 
 __all__ = ["on_event", "on_syscall", "on_sysenter"]
 
@@ -110,6 +121,7 @@ _OPCODE_WRMSR = TWO_BYTE + 0x30
 _OPCODE_SYSRET = TWO_BYTE + 0x07
 _MODRM_REGISTER_SHIFT = 3
 _CR3_NUMBER = 3
+_CR3_LAM = CR3_LAM_U48 | CR3_LAM_U57
 _DR7_ENABLED = 0xFF
 _MODRM_REGISTER_FORM = 0xC0
 #: With F3 and a register: 0F AE /2 is WRFSBASE, /3 WRGSBASE; 0F C7 /7 is RDPID.
@@ -275,11 +287,16 @@ def _frequent_instruction(context: int, env: int, number: int) -> bool:
             return False
         save_state(env, state, load64(context + 8 * FN_CC_COMPUTE_ALL))
         source = (modrm & 7) + R8 * (rex & _REX_B)
+        former = state[CR3]
         if set_cr3(state, memory, state[source]) != 0:
             return False
         if state[TLB_FLUSH] != 0:
             state[TLB_FLUSH] = 0
-            flush_local(load64(context + 8 * CPU), context)
+            if (former ^ state[CR3]) & _CR3_LAM != 0:
+                # What a pointer means changes for global pages, too.
+                flush_tlb(load64(context + 8 * CPU), context)
+            else:
+                flush_local(load64(context + 8 * CPU), context)
         _complete(env, state, length + 1)
         return True
     if number == _EVENT_MSR and opcode == _OPCODE_WRMSR and load64(context + 8 * FILTERS_MSRS) == 0:

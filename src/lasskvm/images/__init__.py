@@ -1,9 +1,9 @@
 """Guest images: pulling and caching kernels, and building an initramfs for them.
 
-:func:`resolve` (:mod:`.catalog`) finds the image a person names; :func:`pull_debian` (:mod:`.debian`,
-:mod:`.apt`, :mod:`.apt_sources`) gets a current one into the :class:`ImageCache` (:mod:`.cache`).
-:class:`Initramfs` (:mod:`.initramfs`) builds archives; :func:`program_initramfs` and
-:func:`shell_initramfs` (:mod:`.guest_init`) build the two that ``lasskvm run`` uses.
+:func:`resolve` (:mod:`.catalog`) finds the image a person names; :func:`pull` (:mod:`.pulling`) gets a current
+one (:mod:`.debian`, :mod:`.programs`) out of Debian's packages (:mod:`.packages`, :mod:`.apt`, :mod:`.apt_sources`)
+into the :class:`ImageCache` (:mod:`.cache`). :class:`Initramfs` (:mod:`.initramfs`) builds archives;
+:func:`program_initramfs` and :func:`shell_initramfs` (:mod:`.guest_init`) build the two that ``lasskvm run`` uses.
 """
 
 from lasskvm.images.cache import Image, ImageCache, Manifest
@@ -11,6 +11,7 @@ from lasskvm.images.catalog import IMAGE_NAMES, resolve
 from lasskvm.images.debian import pull as pull_debian
 from lasskvm.images.guest_init import program_initramfs, shell_initramfs
 from lasskvm.images.initramfs import Initramfs
+from lasskvm.images.pulling import pull
 
 __all__ = [
     "IMAGE_NAMES",
@@ -19,6 +20,7 @@ __all__ = [
     "Initramfs",
     "Manifest",
     "program_initramfs",
+    "pull",
     "pull_debian",
     "resolve",
     "shell_initramfs",

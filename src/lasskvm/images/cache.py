@@ -20,10 +20,12 @@ from pathlib import Path
 
 from lasskvm.errors import HostError
 
-__all__ = ["BUSYBOX_FILE", "KERNEL_FILE", "Image", "ImageCache", "Manifest"]
+__all__ = ["BUSYBOX_FILE", "FIRMWARE_FILE", "KERNEL_FILE", "Image", "ImageCache", "Manifest"]
 
+#: What the files of an image are for goes by their names.
 KERNEL_FILE = "vmlinuz"
 BUSYBOX_FILE = "busybox"
+FIRMWARE_FILE = "firmware.rom"
 _MANIFEST_FILE = "manifest.json"
 _LOCK_FILE = "lock"
 _STAGING_PREFIX = ".staging-"
@@ -34,7 +36,7 @@ class Manifest:
     """What is known about a pulled image; kept as JSON beside its files."""
 
     name: str
-    #: The kernel's release, as ``uname -r`` prints it.
+    #: The release of a Linux kernel, as ``uname -r`` prints it; of anything else, the version of its package.
     version: str
     suite: str
     #: Package name to package version.
@@ -66,19 +68,30 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Image:
-    """A kernel to run and where it comes from; one given by its path has no *busybox* and no *manifest*."""
+    """What to run and where it comes from: a *kernel*, or a *firmware* for the reset vector; exactly one of them.
+
+    A kernel given by its path has no *busybox* and no *manifest*.
+    """
 
     name: str
     version: str
-    kernel: Path
+    kernel: Path | None = None
     busybox: Path | None = None
     manifest: Manifest | None = None
+    firmware: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file of the kernel or firmware."""
+        path = self.kernel or self.firmware
+        assert path is not None
+        return path
 
     def is_intact(self) -> bool:
         """Whether all files have the SHA-256 of the manifest; reads them, so it takes a while."""
         if self.manifest is None:
-            return self.kernel.is_file()
-        folder = self.kernel.parent
+            return self.path.is_file()
+        folder = self.path.parent
         try:
             return all(_sha256(folder / name) == digest for name, digest in self.manifest.sha256.items())
         except OSError:
@@ -140,7 +153,7 @@ class ImageCache:
         folder.rename(place)
         _flush_to_disk(place.parent)
         for image in superseded:
-            shutil.rmtree(image.kernel.parent, ignore_errors=True)
+            shutil.rmtree(image.path.parent, ignore_errors=True)
         return _image(place, complete)
 
     @contextmanager
@@ -171,12 +184,21 @@ def _read_image(manifest_path: Path) -> Image | None:
     except (OSError, ValueError):
         return None
     folder = manifest_path.parent
-    names = {KERNEL_FILE, BUSYBOX_FILE, *manifest.sha256}
-    return _image(folder, manifest) if all((folder / name).is_file() for name in names) else None
+    is_complete = all((folder / name).is_file() for name in manifest.sha256)
+    return _image(folder, manifest) if is_complete and _is_runnable(manifest) else None
+
+
+def _is_runnable(manifest: Manifest) -> bool:
+    return (KERNEL_FILE in manifest.sha256) != (FIRMWARE_FILE in manifest.sha256)
 
 
 def _image(folder: Path, manifest: Manifest) -> Image:
-    return Image(manifest.name, manifest.version, folder / KERNEL_FILE, folder / BUSYBOX_FILE, manifest)
+    def file(name: str) -> Path | None:
+        return folder / name if name in manifest.sha256 else None
+
+    return Image(
+        manifest.name, manifest.version, file(KERNEL_FILE), file(BUSYBOX_FILE), manifest, file(FIRMWARE_FILE)
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -7,11 +7,13 @@ from pathlib import Path
 from lasskvm.errors import ImageError
 from lasskvm.images.cache import Image, ImageCache
 
-__all__ = ["DEBIAN", "IMAGE_NAMES", "resolve"]
+__all__ = ["DEBIAN", "IMAGE_NAMES", "MEMTEST", "SEABIOS", "resolve"]
 
 DEBIAN = "debian"
-#: The names of images that can be pulled.
-IMAGE_NAMES = (DEBIAN,)
+SEABIOS = "seabios"
+MEMTEST = "memtest86+"
+#: The names of images that can be pulled; the one with a busybox first.
+IMAGE_NAMES = (DEBIAN, SEABIOS, MEMTEST)
 
 
 def resolve(name_or_path: str | Path, cache: ImageCache | None = None) -> Image:
@@ -30,6 +32,6 @@ def resolve(name_or_path: str | Path, cache: ImageCache | None = None) -> Image:
     path = Path(name_or_path)
     if not path.exists():
         raise ImageError(
-            f"there is no file {path}, nor an image of that name; give a kernel file or {DEBIAN!r}"
+            f"there is no file {path}, nor an image of that name; give a kernel file or {', '.join(IMAGE_NAMES)}"
         )
     return Image(name=path.name, version="", kernel=path)

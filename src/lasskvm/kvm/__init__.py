@@ -23,7 +23,7 @@ from lasskvm.kvm.exits import (
     SystemEventExit,
     UnknownExit,
 )
-from lasskvm.kvm.iobus import DeviceState, IrqLine, PortBus, PortDevice, StatefulDevice
+from lasskvm.kvm.iobus import DeviceState, IrqLine, MmioBus, MmioDevice, PortBus, PortDevice, StatefulDevice
 from lasskvm.kvm.providers import Provider, open_system
 from lasskvm.kvm.structures import (
     DebugRegs,
@@ -64,6 +64,8 @@ __all__ = [
     "MpState",
     "MsrExit",
     "MsrFilterRange",
+    "MmioBus",
+    "MmioDevice",
     "PortBus",
     "PortDevice",
     "Provider",

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from lasskvm.kvm.exits import Exit
+from lasskvm.kvm.irqchip.routing import Route
 from lasskvm.kvm.structures import (
     DebugRegs,
     Fpu,
@@ -73,6 +74,24 @@ class VmInterface(Protocol):
 
     def irq_line(self, line: int, level: bool) -> None:
         """``KVM_IRQ_LINE``."""
+
+    def set_gsi_routing(self, routes: Sequence[Route]) -> None:
+        """``KVM_SET_GSI_ROUTING``; EINVAL for routes that contradict each other."""
+
+    def signal_msi(self, address: int, data: int) -> bool:
+        """``KVM_SIGNAL_MSI``: whether a vCPU has taken the message."""
+
+    def get_irqchip(self) -> Any:
+        """``KVM_GET_IRQCHIP`` of all the VM's interrupt chips, as :meth:`set_irqchip` of the same provider takes it."""
+
+    def set_irqchip(self, state: Any) -> None:
+        """``KVM_SET_IRQCHIP``."""
+
+    def get_pit2(self) -> Any:
+        """``KVM_GET_PIT2``, as :meth:`set_pit2` of the same provider takes it."""
+
+    def set_pit2(self, state: Any) -> None:
+        """``KVM_SET_PIT2``."""
 
     def set_msr_filter(self, ranges: Sequence[MsrFilterRange], *, default_allow: bool = True) -> None:
         """``KVM_X86_SET_MSR_FILTER``: accesses that the filter denies leave as MSR exits."""
@@ -152,6 +171,12 @@ class VcpuInterface(Protocol):
 
     def set_mp_state(self, state: MpState) -> None:
         """``KVM_SET_MP_STATE``."""
+
+    def get_lapic(self) -> bytes:
+        """``KVM_GET_LAPIC``: the 1024 bytes of the local APIC's register page; EINVAL without an irqchip."""
+
+    def set_lapic(self, registers: bytes) -> None:
+        """``KVM_SET_LAPIC``."""
 
     def get_nested_state(self) -> bytes:
         """``KVM_GET_NESTED_STATE``; ENOTTY-like OSError without nested virtualization."""

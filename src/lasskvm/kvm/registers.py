@@ -7,7 +7,7 @@ from typing import Any
 
 from lasskvm import state as s
 from lasskvm.emulator import msr_checks
-from lasskvm.emulator.control import load_pdptes
+from lasskvm.emulator.control import is_legal_cr3, load_pdptes
 from lasskvm.kvm.structures import DescriptorTable, Regs, Sregs, Sregs2
 from lasskvm.memory import GuestMemory
 from lasskvm.state import VcpuState, Words
@@ -132,7 +132,7 @@ def _check(words: Words, sregs: Sregs, ioctl: str) -> None:
     if efer & EFER_LME and cr0 & CR0_PG:
         if not cr4 & CR4_PAE or not efer & EFER_LMA:
             raise _refusal(ioctl, "paging with EFER.LME takes CR4.PAE and EFER.LMA")
-        if sregs.cr3 >> words[s.MAXPHYADDR]:
+        if not is_legal_cr3(words, sregs.cr3):
             raise _refusal(ioctl, f"CR3 {sregs.cr3:#x} has bits beyond the physical address width")
     elif efer & EFER_LMA or sregs.cs.attributes & AR_L:
         raise _refusal(ioctl, "EFER.LMA and CS.L take paging with EFER.LME")

@@ -18,7 +18,7 @@ from lasskvm.emulator.fpu import X87_REGISTERS, XMM_REGISTERS, Fpu, FpuState, co
 from lasskvm.errors import SnapshotError
 from lasskvm.kvm.clock import HostClock, VirtualClock
 from lasskvm.kvm.snapshot import Document, open_snapshot, write_snapshot
-from lasskvm.kvm.structures import MsrFilterRange, VcpuEvents
+from lasskvm.kvm.structures import MpState, MsrFilterRange, VcpuEvents
 from lasskvm.memory import TABLE_CODE_STORES
 from lasskvm.state import STATE_WORDS, TLB_FLUSH
 from lasskvm.x86.cpuid import CpuidEntry
@@ -61,7 +61,7 @@ def load_vm(path: Path, vm_type: type[Vm]) -> Vm:
             vm.set_clock(clock)
         for slot in document["slots"]:
             vm.set_user_memory_region(slot["number"], slot["gpa"], vm.allocate(slot["size"]), slot["flags"])
-        if document["pic"] is not None:
+        if document["irqchip"] is not None:
             vm.create_irqchip()
         if document["pit"] is not None:
             vm.create_pit2()
@@ -88,7 +88,7 @@ def restore_vm(vm: Vm, document: Document) -> None:
         vcpu is not None
         and [(slot.number, slot.gpa, slot.size) for slot in vm.memory]
         == [(slot["number"], slot["gpa"], slot["size"]) for slot in document["slots"]]
-        and (vm.pic is None, vm.pit is None) == (document["pic"] is None, document["pit"] is None)
+        and (vm.irqchip is None, vm.pit is None) == (document["irqchip"] is None, document["pit"] is None)
     )
     if vcpu is None or not made_alike:
         raise SnapshotError(
@@ -107,8 +107,9 @@ def restore_vm(vm: Vm, document: Document) -> None:
             for base, nmsrs, bitmap, read, write in ranges
         ]
         vm.set_msr_filter(wanted, default_allow=default_allow)
-    if vm.pic is not None:
-        vm.pic.set_state(document["pic"])
+    if vm.irqchip is not None:
+        vm.irqchip.router.set_state(document["routes"])
+        vm.irqchip.set_state(document["irqchip"])
     if vm.pit is not None:
         vm.pit.set_state(document["pit"])
 
@@ -133,7 +134,8 @@ def _vm_document(vm: Vm, vcpu: Vcpu) -> Document:
         ],
         "code_stores": vm.memory.table[TABLE_CODE_STORES:].tolist(),
         "msr_filter": _msr_filter_document(vm),
-        "pic": None if vm.pic is None else vm.pic.get_state(),
+        "irqchip": None if vm.irqchip is None else vm.irqchip.get_state(),
+        "routes": None if vm.irqchip is None else vm.irqchip.router.get_state(),
         "pit": None if vm.pit is None else vm.pit.get_state(),
         "vcpu": _vcpu_document(vcpu),
     }
@@ -159,7 +161,8 @@ def _vcpu_document(vcpu: Vcpu) -> Document:
         "tsc": [msrs.tsc_offset, msrs.tsc_adjust],
         "events": vars(vcpu.get_vcpu_events()),
         "event_instruction_length": vcpu.events.instruction_length,
-        "halted": vcpu.emulation.halted,
+        "mp_state": vcpu.get_mp_state(),
+        "devices": vcpu.devices.get_state(),
         "has_run": vcpu.has_run,
         "blocks": vcpu.executed_blocks,
         "next_checkpoint_ns": vcpu.next_checkpoint_ns,
@@ -182,7 +185,8 @@ def _restore_vcpu(vcpu: Vcpu, document: Document) -> None:
     msrs = vcpu.emulation.msrs
     msrs.values.update((index, value) for index, value in document["msrs"])
     msrs.tsc_offset, msrs.tsc_adjust = document["tsc"]
-    vcpu.emulation.halted = document["halted"]
+    vcpu.set_mp_state(MpState(document["mp_state"]))
+    vcpu.devices.set_state(document["devices"])
     vcpu.has_run = document["has_run"]
     vcpu.blocks_before = document["blocks"] - (vcpu.executed_blocks - vcpu.blocks_before)
     vcpu.next_checkpoint_ns = document["next_checkpoint_ns"]

@@ -32,9 +32,30 @@ from lasskvm.kvm.exits import (
     ShutdownExit,
 )
 from lasskvm.kvm.vcpu_exits import ReportingVcpu
-from lasskvm.state import INTERRUPT_SHADOW, NMI_BLOCKED, RFLAGS, TLB_FLUSH
+from lasskvm.state import (
+    APIC_BASE,
+    CR0,
+    CSTAR,
+    INTERRUPT_SHADOW,
+    KERNEL_GS_BASE,
+    LSTAR,
+    MISC_ENABLE,
+    NMI_BLOCKED,
+    PAT,
+    PKRS,
+    PKRU,
+    RFLAGS,
+    SFMASK,
+    STAR,
+    SYSENTER_CS,
+    SYSENTER_EIP,
+    SYSENTER_ESP,
+    TLB_FLUSH,
+    TSC_AUX,
+    XCR0,
+)
 from lasskvm.x86.exceptions import NMI
-from lasskvm.x86.registers import RFLAGS_IF
+from lasskvm.x86.registers import CR0_CD, CR0_NW, RFLAGS_IF
 
 if TYPE_CHECKING:
     from lasskvm.kvm.vm import Vm
@@ -51,6 +72,11 @@ _SLICE_NS = 20_000_000
 #: How often the host's clock is asked while the guest follows it.
 _HOST_POLL_BLOCKS = 2_000
 _HOST_POLL_INTERPRETED_BLOCKS = 500
+#: The state words that INIT leaves alone.
+_KEPT_BY_INIT = (
+    STAR, LSTAR, CSTAR, SFMASK, KERNEL_GS_BASE, TSC_AUX, SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP, PAT, APIC_BASE,
+    MISC_ENABLE, XCR0, PKRU, PKRS,
+)  # fmt: skip
 #: Idle periods that one run skips on the virtual clock before the VMM gets its turn.
 _IDLE_SKIPS = 64
 #: How much time of the virtual clock is between two checkpoints.
@@ -88,11 +114,28 @@ class Vcpu(ReportingVcpu):
         return {**direct, "interpreted_instructions": self.interpreter.instructions}
 
     def reset(self) -> None:
-        """The state after INIT: registers as at power-on, nothing pending. CPUID and the time-stamp counter stay."""
+        """Registers as at power-on, nothing pending. CPUID, the time-stamp counter and other MSRs stay."""
         self.state.reset()
+        self._drop_what_is_pending()
+        self.devices.reset()
+
+    def _drop_what_is_pending(self) -> None:
         self.drop_last_exit()
         self.events.clear()
-        self.emulation.halted = False
+        self.emulation.halted = self._waits_for_startup = self._init_pending = False
+
+    def _take_init(self) -> None:
+        """Start anew at the reset vector; MSRs, FPU and cache control stay (SDM volume 3A, table 10-1)."""
+        words = self.state.words
+        kept = {index: words[index] for index in _KEPT_BY_INIT}
+        cache_control = words[CR0] & (CR0_CD | CR0_NW)
+        self.state.reset()
+        for index, value in kept.items():
+            words[index] = value
+        words[CR0] = words[CR0] & ~(CR0_CD | CR0_NW) | cache_control
+        self._drop_what_is_pending()
+        if self.devices.lapic is not None:
+            self.devices.lapic.init_reset()
 
     def forget_caches(self) -> None:
         """Go on as a vCPU does that has just been loaded: translations and the emulator's code are found anew.
@@ -156,8 +199,10 @@ class Vcpu(ReportingVcpu):
             if is_late:
                 return self._end_of_slice()
             self.vm.clock.run_due()
+            if self._init_pending:
+                self._take_init()
             wanted = self._inject_events()
-            if self.emulation.halted:
+            if self.emulation.halted or self._waits_for_startup:
                 idle = self._idle(skips)
                 if idle is not None:
                     return idle
@@ -287,13 +332,13 @@ class Vcpu(ReportingVcpu):
         if events.nmi_pending and not words[NMI_BLOCKED] and not words[INTERRUPT_SHADOW]:
             events.nmi_pending = False
             self._deliver(Event(NMI, EventKind.NMI))
-        pic = self.vm.pic
-        pending = pic is not None and pic.pending()
-        if pending and words[RFLAGS] & RFLAGS_IF and not words[INTERRUPT_SHADOW]:
-            assert pic is not None
-            self._deliver(Event(pic.acknowledge(), EventKind.EXTERNAL))
-            pending = pic.pending()
-        return pending
+        chips = self.vm.irqchip
+        if chips is None or not chips.has_interrupt():
+            return False
+        if not words[RFLAGS] & RFLAGS_IF or words[INTERRUPT_SHADOW]:
+            return True
+        self._deliver(Event(chips.acknowledge(), EventKind.EXTERNAL))
+        return chips.has_interrupt()
 
     def _deliver(self, event: Event) -> None:
         self.emulation.halted = False
@@ -302,11 +347,11 @@ class Vcpu(ReportingVcpu):
     def _idle(self, skips: int) -> Exit | None:
         """Pass the time of a halted guest; an exit when the VMM has to."""
         interrupts_enabled = bool(self.state.words[RFLAGS] & RFLAGS_IF)
-        if self.vm.pic is None:
+        if self.vm.irqchip is None:
             # Without an irqchip the VMM decides what wakes the guest: the next run goes on behind HLT.
             self.emulation.halted = False
             return HltExit(interrupts_enabled)
-        if not interrupts_enabled:
+        if not interrupts_enabled and not self._waits_for_startup:
             return HltExit(interrupts_enabled)
         clock = self.vm.clock
         deadline = clock.next_deadline()

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.faults import GuestFault
 from lasskvm.emulator.interpreter import Interpreter
-from lasskvm.emulator.mmio import Mmio
 from lasskvm.emulator.mmu import translate
-from lasskvm.emulator.msrs import MsrFile, read_msr, write_msr
+from lasskvm.emulator.msrs import MsrFile, guest_tsc, read_msr, write_msr
 from lasskvm.engine.engine import Engine
 from lasskvm.engine.fpu_access import FpuAccess
-from lasskvm.kvm import registers, registers_fpu
+from lasskvm.kvm import registers
 from lasskvm.kvm.events import EventQueue
 from lasskvm.kvm.guest_debug import GuestDebugger
+from lasskvm.kvm.irqchip.lapic import LocalApic
 from lasskvm.kvm.structures import (
-    DebugRegs,
-    Fpu,
     GuestDebug,
     MpState,
     Regs,
@@ -32,35 +31,31 @@ from lasskvm.kvm.structures import (
     Translation,
     VcpuEvents,
 )
+from lasskvm.kvm.vcpu_devices import VcpuDevices
+from lasskvm.kvm.vcpu_extended import ExtendedRegisters
 from lasskvm.kvm.vendor import VendorOps, vendor_ops
+from lasskvm.memory import PAGE_SHIFT
 from lasskvm.state import (
     CPL,
     CR4,
     CR4_ALLOWED,
-    DR0,
-    DR6,
-    DR7,
     EFER,
     EFER_ALLOWED,
     MAXPHYADDR,
-    PKRU,
     RFLAGS,
-    TLB_FLUSH,
-    XCR0,
+    RIP,
     VcpuState,
 )
 from lasskvm.x86.cpu_models import parse_cpu
 from lasskvm.x86.cpuid import (
-    EAX,
     FEATURE_WORDS,
-    LEAF_XSAVE,
     CpuidEntry,
     CpuidTable,
     cr4_allowed,
     efer_allowed,
     feature_word,
 )
-from lasskvm.x86.registers import DR6_FIXED, DR7_FIXED, MASK32, RFLAGS_AC
+from lasskvm.x86.registers import CS, RFLAGS_AC
 
 if TYPE_CHECKING:
     from lasskvm.kvm.vm import Vm
@@ -69,10 +64,11 @@ __all__ = ["StatefulVcpu"]
 
 _BREAKPOINTS = 4
 _XCR0_X87, _XCR0_SSE = 1 << 0, 1 << 1
+_SIPI_SELECTOR_SHIFT = 8
 _NO_NESTED = "the soft provider offers no nested virtualization yet"
 
 
-class StatefulVcpu:
+class StatefulVcpu(ExtendedRegisters):
     """The part of :class:`~lasskvm.kvm.vcpu.Vcpu` that holds its state.
 
     Its CPUID is that of the CPU model ``max`` until :meth:`set_cpuid2` says otherwise.
@@ -86,7 +82,15 @@ class StatefulVcpu:
         self._engine: Engine | None = None
         self.events = EventQueue(self.state.words)
         self.debugger = GuestDebugger(self.state.words, self.events)
+        #: An INIT signal has come, and is taken before the guest goes on.
+        self._init_pending = False
+        #: The vCPU waits for a startup message, as an application processor does behind INIT.
+        self._waits_for_startup = False
+        self.devices = VcpuDevices(self.state.words, vm, self._guest_tsc, self)
         self._use_cpuid(parse_cpu("max").entries())
+
+    def _guest_tsc(self) -> int:
+        return guest_tsc(self.emulation)
 
     # ------------------------------------------------------------------------------------------------------- CPUID
 
@@ -128,7 +132,8 @@ class StatefulVcpu:
             self.emulation.msrs.cpuid = table
         self.emulation.forced_emulation = vm.forced_emulation
         self.emulation.read_port, self.emulation.write_port = vm.ports.read, vm.ports.write
-        self.emulation.mmio = Mmio(vm.mmio.read, vm.mmio.write)
+        self.devices.use_cpuid(table)
+        self.devices.attach(self.emulation)
         self.interpreter = Interpreter(self.emulation)
         self.apply_msr_filter()
         self._apply_guest_debug()
@@ -184,6 +189,7 @@ class StatefulVcpu:
     def set_sregs(self, sregs: Sregs) -> None:
         """``KVM_SET_SREGS``; OSError with EINVAL for what the guest's CPUID does not allow, or contradicts itself."""
         registers.set_sregs(self.state, self.vm.memory, sregs)
+        self.devices.registers_changed()
 
     def get_sregs2(self) -> Sregs2:
         """``KVM_GET_SREGS2``."""
@@ -192,6 +198,7 @@ class StatefulVcpu:
     def set_sregs2(self, sregs: Sregs2) -> None:
         """``KVM_SET_SREGS2``; EINVAL as with :meth:`set_sregs`, and for PDPTEs where there are none."""
         registers.set_sregs2(self.state, self.vm.memory, sregs)
+        self.devices.registers_changed()
 
     def get_msr(self, index: int) -> int:
         """``KVM_GET_MSRS`` of one register; OSError with EINVAL when there is none of that index."""
@@ -233,61 +240,6 @@ class StatefulVcpu:
         if self._engine is not None:
             self._engine.filters_msrs = wanted is not None
 
-    # -------------------------------------------------------------------------------------------- extended registers
-
-    def get_fpu(self) -> Fpu:
-        """``KVM_GET_FPU``. MXCSR is among it, which the kernel leaves out."""
-        return registers_fpu.get_fpu(self.emulation.fpu)
-
-    def set_fpu(self, fpu: Fpu) -> None:
-        """``KVM_SET_FPU``, MXCSR included; OSError with EINVAL for reserved bits in that."""
-        registers_fpu.set_fpu(self.emulation.fpu, fpu)
-
-    def get_xsave(self) -> bytes:
-        """``KVM_GET_XSAVE``: 4096 bytes in XSAVE's standard format: x87, SSE, and PKRU where the guest has it."""
-        return registers_fpu.get_xsave(
-            self.emulation.fpu, self.state.words[PKRU] if self.cpuid.has("pku") else None
-        )
-
-    def set_xsave(self, region: bytes) -> None:
-        """``KVM_SET_XSAVE``: *region* as :meth:`get_xsave` gives it; what is missing at its end is zero.
-
-        OSError with EINVAL for components that the guest cannot have, the compacted format, and reserved bits.
-        """
-        words = self.state.words
-        words[PKRU] = registers_fpu.set_xsave(self.emulation.fpu, region, self.cpuid.has("pku"))
-        words[TLB_FLUSH] = 1
-
-    def get_xcrs(self) -> dict[int, int]:
-        """``KVM_GET_XCRS``."""
-        return {0: self.state.words[XCR0]}
-
-    def set_xcrs(self, values: Mapping[int, int]) -> None:
-        """``KVM_SET_XCRS``; OSError with EINVAL for other registers than XCR0, and for what CPUID does not offer."""
-        supported = _XCR0_X87 | self.cpuid.word(LEAF_XSAVE, 0, EAX) & _XCR0_SSE
-        for index, value in values.items():
-            if index or value & ~supported or not value & _XCR0_X87:
-                raise OSError(
-                    errno.EINVAL, f"KVM_SET_XCRS: the guest's CPUID does not allow XCR{index} {value:#x}"
-                )
-        if values:
-            self.state.words[XCR0] = values[0]
-
-    def get_debugregs(self) -> DebugRegs:
-        """``KVM_GET_DEBUGREGS``: the guest's own, whatever breakpoints the VMM has."""
-        words = self.state.words
-        first, second, third, fourth = words[DR0 : DR0 + _BREAKPOINTS]
-        return DebugRegs((first, second, third, fourth), words[DR6], words[DR7])
-
-    def set_debugregs(self, registers: DebugRegs) -> None:
-        """``KVM_SET_DEBUGREGS``; OSError with EINVAL when DR6 or DR7 has more than 32 bits."""
-        if registers.dr6 > MASK32 or registers.dr7 > MASK32:
-            raise OSError(errno.EINVAL, "KVM_SET_DEBUGREGS: the upper halves of DR6 and DR7 must be 0")
-        words = self.state.words
-        for number, address in enumerate(registers.db):
-            words[DR0 + number] = address
-        words[DR6], words[DR7] = registers.dr6 | DR6_FIXED, registers.dr7 | DR7_FIXED
-
     # ------------------------------------------------------------------------------------------- events and the rest
 
     def get_vcpu_events(self) -> VcpuEvents:
@@ -299,18 +251,36 @@ class StatefulVcpu:
         self.events.set(events)
 
     def get_mp_state(self) -> MpState:
-        """``KVM_GET_MP_STATE``: HALTED or RUNNABLE."""
+        """``KVM_GET_MP_STATE``."""
+        if self._waits_for_startup:
+            return MpState.INIT_RECEIVED
         return MpState.HALTED if self.emulation.halted else MpState.RUNNABLE
 
     def set_mp_state(self, state: MpState) -> None:
-        """``KVM_SET_MP_STATE``; OSError with EINVAL for other states, and for HALTED without an irqchip."""
-        if state not in (MpState.RUNNABLE, MpState.HALTED):
+        """``KVM_SET_MP_STATE``; OSError with EINVAL for SIPI_RECEIVED, and without an irqchip for all but RUNNABLE."""
+        if state is MpState.SIPI_RECEIVED:
             raise OSError(
-                errno.EINVAL, f"KVM_SET_MP_STATE: {state.name} takes a local APIC, and there is none"
+                errno.EINVAL, "KVM_SET_MP_STATE: SIPI_RECEIVED says no vector; set the registers instead"
             )
-        if state is MpState.HALTED and self.vm.pic is None:
+        if state is not MpState.RUNNABLE and self.vm.irqchip is None:
             raise OSError(errno.EINVAL, "KVM_SET_MP_STATE: without an irqchip a vCPU is always RUNNABLE")
         self.emulation.halted = state is MpState.HALTED
+        self._waits_for_startup = state in (MpState.INIT_RECEIVED, MpState.UNINITIALIZED)
+
+    def get_lapic(self) -> bytes:
+        """``KVM_GET_LAPIC``: the 1024 bytes of the register page; OSError with EINVAL without an irqchip."""
+        return self._lapic("KVM_GET_LAPIC").get_registers()
+
+    def set_lapic(self, registers: bytes) -> None:
+        """``KVM_SET_LAPIC`` of what :meth:`get_lapic` gave."""
+        self._lapic("KVM_SET_LAPIC").set_registers(registers)
+
+    def _lapic(self, ioctl: str) -> LocalApic:
+        if self.devices.lapic is None:
+            raise OSError(
+                errno.EINVAL, f"{ioctl}: there is no local APIC; create the irqchip before the vCPU"
+            )
+        return self.devices.lapic
 
     def get_nested_state(self) -> bytes:
         """``KVM_GET_NESTED_STATE``: OSError with ENOTTY."""
@@ -347,7 +317,7 @@ class StatefulVcpu:
         entry fails (:class:`~lasskvm.kvm.exits.FailEntryExit`). OSError with ENXIO beside an irqchip, EEXIST while
         another one waits, and EINVAL for what is no vector.
         """
-        if self.vm.pic is not None:
+        if self.vm.irqchip is not None:
             raise OSError(
                 errno.ENXIO, "KVM_INTERRUPT: interrupts come from the irqchip of this VM; use irq_line()"
             )
@@ -356,6 +326,25 @@ class StatefulVcpu:
     def nmi(self) -> None:
         """``KVM_NMI``: queue a non-maskable interrupt."""
         self.events.nmi_pending = True
+        self.kick()
+
+    def init(self) -> None:
+        """An INIT signal: the guest starts anew at the reset vector, as the bootstrap processor does."""
+        self._init_pending = True
+        self.kick()
+
+    def startup(self, vector: int) -> None:
+        """A startup message (SIPI) for code at *vector* * 4096; without INIT before, nothing comes of it."""
+        if not self._waits_for_startup:
+            return
+        self._waits_for_startup = False
+        self.state.set_segment(
+            CS,
+            replace(
+                self.state.segment(CS), selector=vector << _SIPI_SELECTOR_SHIFT, base=vector << PAGE_SHIFT
+            ),
+        )
+        self.state.words[RIP] = 0
         self.kick()
 
     def kick(self) -> None:

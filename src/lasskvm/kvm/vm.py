@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -15,8 +16,9 @@ from lasskvm.engine.engine import Transmitter
 from lasskvm.errors import LassKvmError
 from lasskvm.kvm.clock import Clock, VirtualClock
 from lasskvm.kvm.iobus import DeviceState, MmioBus, PortBus
-from lasskvm.kvm.irqchip import Pic, Pit
+from lasskvm.kvm.irqchip import InterruptChips, Pit
 from lasskvm.kvm.irqchip.pit import PIT_IRQ
+from lasskvm.kvm.irqchip.routing import Route
 from lasskvm.kvm.msr_filter import MsrFilter
 from lasskvm.kvm.snapshot_state import load_vm, save_vm
 from lasskvm.kvm.structures import MsrFilterRange
@@ -53,7 +55,7 @@ class Vm:
         self.ports = PortBus()
         #: Devices in guest-physical memory space; what none of them claims is an ``MmioExit``.
         self.mmio = MmioBus()
-        self.pic: Pic | None = None
+        self.irqchip: InterruptChips | None = None
         self.pit: Pit | None = None
         self.vcpu: Vcpu | None = None
         #: Which accesses of the guest to MSRs leave for the VMM; None: none.
@@ -119,15 +121,23 @@ class Vm:
         self.clock = clock
 
     def create_irqchip(self) -> None:
-        """``KVM_CREATE_IRQCHIP``: two 8259As."""
-        self.pic = Pic(self._interrupt_line_changed)
-        self.ports.register(self.pic)
+        """``KVM_CREATE_IRQCHIP``: two 8259As, an IOAPIC, and a local APIC for the vCPU that is created afterwards.
+
+        OSError with EEXIST when there is an irqchip, with EINVAL when there is a vCPU already.
+        """
+        if self.irqchip is not None:
+            raise OSError(errno.EEXIST, "KVM_CREATE_IRQCHIP: this VM has an irqchip already")
+        if self.vcpu is not None:
+            raise OSError(errno.EINVAL, "KVM_CREATE_IRQCHIP: create the irqchip before the vCPU")
+        self.irqchip = InterruptChips(self._kick)
+        self.ports.register(self.irqchip.pic)
+        self.mmio.register(self.irqchip.ioapic)
 
     def create_pit2(self) -> None:
         """``KVM_CREATE_PIT2``: an 8254 on IRQ 0; the irqchip must exist."""
-        if self.pic is None:
+        if self.irqchip is None:
             raise LassKvmError("the PIT needs an irqchip; call create_irqchip() first")
-        self.pit = Pit(self.clock, self.pic.line(PIT_IRQ))
+        self.pit = Pit(self.clock, partial(self.irqchip.set_line, PIT_IRQ))
         self.ports.register(self.pit)
 
     def create_vcpu(self) -> Vcpu:
@@ -138,18 +148,26 @@ class Vm:
         return self.vcpu
 
     def irq_line(self, line: int, level: bool) -> None:
-        """``KVM_IRQ_LINE``: drive line *line* (0 to 15) of the irqchip."""
-        if self.pic is None:
+        """``KVM_IRQ_LINE``: drive the interrupt line (GSI) *line* of the irqchip, by its routes."""
+        if self.irqchip is None:
             raise LassKvmError("this VM has no irqchip; call create_irqchip() first")
-        self.pic.set_irq(line, level)
+        self.irqchip.set_line(line, level)
+
+    def signal_msi(self, address: int, data: int) -> bool:
+        """``KVM_SIGNAL_MSI``: whether the vCPU has taken the message; OSError with ENXIO without an irqchip."""
+        return self._chips("KVM_SIGNAL_MSI").signal_msi(address, data)
+
+    def set_gsi_routing(self, routes: Sequence[Route]) -> None:
+        """``KVM_SET_GSI_ROUTING``: where interrupt lines lead; the ones without a route lead nowhere."""
+        self._chips("KVM_SET_GSI_ROUTING").set_routes(routes)
 
     def get_irqchip(self) -> DeviceState:
-        """``KVM_GET_IRQCHIP`` of both 8259As; OSError with ENXIO without an irqchip."""
-        return self._pic("KVM_GET_IRQCHIP").get_state()
+        """``KVM_GET_IRQCHIP`` of the 8259As and the IOAPIC; OSError with ENXIO without an irqchip."""
+        return self._chips("KVM_GET_IRQCHIP").get_state()
 
     def set_irqchip(self, state: DeviceState) -> None:
         """``KVM_SET_IRQCHIP`` of what :meth:`get_irqchip` gave."""
-        self._pic("KVM_SET_IRQCHIP").set_state(state)
+        self._chips("KVM_SET_IRQCHIP").set_state(state)
 
     def get_pit2(self) -> DeviceState:
         """``KVM_GET_PIT2``; OSError with ENXIO without a PIT."""
@@ -159,10 +177,10 @@ class Vm:
         """``KVM_SET_PIT2`` of what :meth:`get_pit2` gave, on a VM whose clock reads the same time."""
         self._pit("KVM_SET_PIT2").set_state(state)
 
-    def _pic(self, ioctl: str) -> Pic:
-        if self.pic is None:
+    def _chips(self, ioctl: str) -> InterruptChips:
+        if self.irqchip is None:
             raise OSError(errno.ENXIO, f"{ioctl}: this VM has no irqchip; call create_irqchip() first")
-        return self.pic
+        return self.irqchip
 
     def _pit(self, ioctl: str) -> Pit:
         if self.pit is None:
@@ -212,8 +230,8 @@ class Vm:
     ) -> None:
         self.close()
 
-    def _interrupt_line_changed(self, level: bool) -> None:
-        if level and self.vcpu is not None:
+    def _kick(self) -> None:
+        if self.vcpu is not None:
             self.vcpu.kick()
 
     @property

@@ -1,20 +1,12 @@
-"""The PC around a VM: memory layout, devices on their ports, and the VMM's run loop.
-
-Devices that a guest talks to all the time (UART, RTC, the POST port) sit on the VM's own bus beside the
-interrupt controller and timer, as KVM's in-kernel devices do, where the provider has such a bus. Those that end
-or restart the machine are served here, from the exits of ``KVM_RUN``.
-"""
+"""The PC around a VM: memory, boot, power-on and reset, and the VMM's run loop."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from lasskvm.errors import MemoryLayoutError, SnapshotError
 from lasskvm.kvm import (
@@ -24,70 +16,43 @@ from lasskvm.kvm import (
     InternalErrorExit,
     IntrExit,
     IoExit,
+    MmioBus,
     MmioExit,
     PortBus,
-    PortDevice,
     ShutdownExit,
     Vm,
 )
 from lasskvm.kvm.exits import Exit, FailEntryExit, SystemEventExit, UnknownExit
+from lasskvm.kvm.irqchip.routing import pc_routes
 from lasskvm.kvm.providers import Provider
 from lasskvm.kvm.snapshot import Document, open_snapshot
 from lasskvm.kvm.snapshot_state import restore_vm, saved_clock
-from lasskvm.machine.boot import LongModeEntry
-from lasskvm.machine.devices import COM1_IRQ, RTC_IRQ
-from lasskvm.machine.devices.debug_console import DebugConsole
-from lasskvm.machine.devices.debug_exit import DebugExit
-from lasskvm.machine.devices.i8042 import I8042
-from lasskvm.machine.devices.port92 import Port92
-from lasskvm.machine.devices.post_port import PostPort
-from lasskvm.machine.devices.program_status import ProgramStatus
-from lasskvm.machine.devices.rtc import Rtc
-from lasskvm.machine.devices.uart16550 import Uart16550
+from lasskvm.machine.boot import Entry, place_firmware, shadow_firmware
+from lasskvm.machine.description import describe, place_acpi_tables
+from lasskvm.machine.ending import STATUS_CRASHED, STATUS_TIMEOUT, End, Ending
+from lasskvm.machine.hardware import Hardware
+from lasskvm.machine.optional_devices import DeviceRequest
+from lasskvm.machine.power_on import PowerOnState
 from lasskvm.machine.provider import open_board
 from lasskvm.machine.snapshot import device_states, machine_of, restore_devices, save_machine
 from lasskvm.x86.cpu_models import CpuModel, parse_cpu
 
-__all__ = ["End", "Ending", "Pc"]
+__all__ = ["End", "Ending", "OnEvent", "Pc"]
 
 MIB = 1 << 20
 MINIMUM_MEMORY = 4 * MIB
 #: RAM stops here and goes on at 4 GiB: the space between belongs to devices and firmware.
 LOW_MEMORY_END = 0xC000_0000
 HIGH_MEMORY_START = 1 << 32
-_LOW_SLOT, _HIGH_SLOT = 0, 1
+_LOW_SLOT, _HIGH_SLOT, _FIRMWARE_SLOT = range(3)
 #: A guest that keeps the VMM busy with port I/O lets it look around after so many exits, or so much guest
 #: time.
 _TURN_EXITS = 1000
 _TURN_NS = 20_000_000
 
 
-class End(Enum):
-    """Why a machine stopped."""
-
-    PROGRAM = "the program ended"
-    DEBUG_EXIT = "the guest wrote to the debug-exit port"
-    RESET = "the guest asked for a reset"
-    HALTED = "the guest halted with interrupts off"
-    TRIPLE_FAULT = "the guest triple-faulted"
-    INTERNAL_ERROR = "the guest executed something that cannot be executed"
-    TIMEOUT = "the time limit was reached"
-    STOPPED = "the run was stopped from the console"
-    SAVED = "the machine was saved"
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a machine stopped: *status* is the exit status for a shell, *detail* says more about errors."""
-
-    end: End
-    status: int
-    detail: str = ""
-
-
-#: Exit statuses, beside those that the guest chooses itself.
-STATUS_CRASHED = 1
-STATUS_TIMEOUT = 124
+#: What becomes of a machine that is reset, or whose processor shuts down: it starts again, or its run ends.
+OnEvent = Literal["reset", "exit"]
 #: What a machine can be saved behind.
 _RESUMABLE = (End.TIMEOUT, End.STOPPED, End.SAVED)
 
@@ -101,7 +66,12 @@ class Pc:
     console reads its input. *provider* says whose KVM runs it; *clock* and *engine* are for the soft one, and those
     of :class:`~lasskvm.kvm.Vm`.
 
-    Raises :class:`MemoryLayoutError` for a memory size that is too small, or more than this host has, and
+    *firmware* is a ROM for the reset vector; without it, :meth:`boot` or :meth:`enter` says what runs. *devices* are
+    those beyond the usual ones. *on_reset* and *on_shutdown* say what follows a reset that the guest asks for, and a
+    triple fault. A machine that was started by :meth:`enter` ends in any case: nothing is there to start again.
+
+    Raises :class:`MemoryLayoutError` for a memory size that is too small, or more than this host has,
+    :class:`~lasskvm.errors.DeviceError` for devices that contradict each other, and
     :class:`~lasskvm.errors.HostError` when the host has no KVM for the host provider.
     """
 
@@ -115,53 +85,42 @@ class Pc:
         clock: Clock | None = None,
         engine: ExecutionEngine = "jit",
         provider: Provider = "soft",
+        firmware: bytes | None = None,
+        devices: Iterable[DeviceRequest] = (),
+        on_reset: OnEvent = "reset",
+        on_shutdown: OnEvent = "exit",
     ) -> None:
-        if memory_size < MINIMUM_MEMORY:
-            raise MemoryLayoutError(
-                f"{memory_size / MIB:g} MiB of memory is too little for a PC; "
-                f"give at least {MINIMUM_MEMORY // MIB}"
-            )
-        if memory_size > _host_memory():
-            raise MemoryLayoutError(
-                f"the guest cannot have {memory_size // MIB} MiB of memory, "
-                f"this host has {_host_memory() // MIB}; give it less"
-            )
-        self._slow_ports = PortBus()
-        self._board = open_board(provider, self._slow_ports, engine=engine, clock=clock)
+        _check_memory_size(memory_size)
+        self._exit_ports, self._exit_mmio = PortBus(), MmioBus()
+        self._board = open_board(provider, self._exit_ports, self._exit_mmio, engine=engine, clock=clock)
         self.vm = self._board.vm
         self.clock = self._board.clock
         self._idle = idle or _wait
+        self._on_reset, self._on_shutdown = on_reset, on_shutdown
+        self._firmware = firmware
+        self._requests = tuple(devices)
         self._ending: Ending | None = None
+        self._reset_wanted = False
         self._exits_since_turn = 0
         self._last_turn_ns = 0
         #: Where and at what time of its clock the machine is to be saved.
         self._save_at: tuple[Path, int] | None = None
+        #: Puts into memory what the machine starts with, and says how to enter it.
+        self._load_image: Callable[[int], Entry] | None = None
         low = min(memory_size, LOW_MEMORY_END)
         self.vm.set_user_memory_region(_LOW_SLOT, 0, self.vm.allocate(low))
         if memory_size > low:
             self.vm.set_user_memory_region(_HIGH_SLOT, HIGH_MEMORY_START, self.vm.allocate(memory_size - low))
         self.vm.create_irqchip()
         self.vm.create_pit2()
+        self.vm.set_gsi_routing(pc_routes())
         self.vcpu = self._board.create_vcpu(cpu)
-        self.uart = Uart16550(partial(self.vm.irq_line, COM1_IRQ), output)
-        devices: dict[str, PortDevice] = {
-            "uart": self.uart,
-            "rtc": Rtc(self.clock, partial(self.vm.irq_line, RTC_IRQ)),
-            "post_port": PostPort(),
-        }
-        slow_devices: dict[str, PortDevice] = {
-            "debug_console": DebugConsole(output),
-            "debug_exit": DebugExit(self._debug_exit),
-            "program_status": ProgramStatus(self._program_ended),
-            "i8042": I8042(self._reset),
-            "port92": Port92(self._reset),
-        }
-        for device in devices.values():
-            self._board.ports.register(device)
-        for device in slow_devices.values():
-            self._slow_ports.register(device)
-        self._board.connect_console(self.uart)
-        self._devices = devices | slow_devices
+        self.hardware = Hardware(self._board, self._exit_ports, self, output, self._requests)
+        self.uart = self.hardware.uart
+        if firmware is not None:
+            place_firmware(self.vm, firmware, _FIRMWARE_SLOT)
+        describe(self.hardware, low, memory_size - low)
+        self._power_on = PowerOnState.capture(self.vm, self.vcpu)
 
     @classmethod
     def load(
@@ -186,6 +145,11 @@ class Pc:
                 idle=idle,
                 clock=saved_clock(vm_document),
                 engine=vm_document["engine"],
+                # What the ROM holds comes with the memory.
+                firmware=bytes(machine["firmware_bytes"]) if machine["firmware_bytes"] else None,
+                devices=[DeviceRequest(*request) for request in machine["requests"]],
+                on_reset=machine["on_reset"],
+                on_shutdown=machine["on_shutdown"],
             )
             assert isinstance(pc.vm, Vm)
             snapshot.load_memory(pc.vm.memory)
@@ -193,19 +157,21 @@ class Pc:
             pc._restore(machine)
         return pc
 
-    def enter(self, entry: LongModeEntry) -> None:
-        """Put the processor at the first instruction of a loaded image."""
-        regs = self.vcpu.get_regs()
-        regs.rip, regs.rsp, regs.rsi, regs.rdi = entry.rip, entry.rsp, entry.rsi, entry.rdi
-        regs.rflags = entry.rflags
-        self.vcpu.set_regs(regs)
-        state = self.vcpu.get_sregs()
-        state.cr0, state.cr3, state.cr4, state.efer = entry.cr0, entry.cr3, entry.cr4, entry.efer
-        state.gdt = type(state.gdt)(entry.gdt_base, entry.gdt_limit)
-        state.idt = type(state.idt)(0, 0)
-        state.cs, state.tr = entry.code_segment, entry.task_segment
-        state.ds = state.es = state.ss = state.fs = state.gs = entry.data_segment
-        self.vcpu.set_sregs(state)
+    def boot(self, load_image: Callable[[int], Entry]) -> None:
+        """Start with what *load_image* puts into memory, now and after each reset.
+
+        It is given the gpa of ACPI's RSDP.
+        """
+        self._load_image = load_image
+        self._start_image()
+
+    def _start_image(self) -> None:
+        if self._load_image is not None:
+            self._load_image(place_acpi_tables(self.vm.memory)).apply(self.vcpu)
+
+    def enter(self, entry: Entry) -> None:
+        """Put the processor at the first instruction of an image that lies in memory; a reset ends the run then."""
+        entry.apply(self.vcpu)
 
     def run(self, timeout: float | None = None) -> Ending:
         """Run until the guest ends, or for *timeout* seconds of the host's time.
@@ -215,6 +181,8 @@ class Pc:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._ending is None:
+            if self._reset_wanted:
+                self._reset()
             vm_exit = self._board.run()
             if isinstance(vm_exit, IntrExit):
                 self._take_a_turn(vm_exit, deadline)
@@ -229,16 +197,15 @@ class Pc:
             case IoExit():
                 self._port_io(vm_exit)
             case MmioExit():
-                # Nobody answers: what is read stays all ones, what is written is dropped.
-                pass
+                self._mmio(vm_exit)
             case HltExit():
                 self._ending = Ending(End.HALTED, 0)
             case ShutdownExit():
-                self._ending = Ending(End.TRIPLE_FAULT, STATUS_CRASHED, self._where())
+                self._shut_down()
             case InternalErrorExit():
                 self._ending = Ending(End.INTERNAL_ERROR, STATUS_CRASHED, _describe(vm_exit))
             case SystemEventExit():
-                self._reset()
+                self.reset_machine()
             case FailEntryExit() | UnknownExit():
                 self._ending = Ending(End.INTERNAL_ERROR, STATUS_CRASHED, f"{vm_exit} at {self._where()}")
 
@@ -263,7 +230,11 @@ class Pc:
             raise SnapshotError(f"the machine cannot be saved, it is at its end: {self._ending.end.value}")
         machine = {
             "memory_size": sum(slot.size for slot in self.vm.memory),
-            "devices": device_states(self._devices),
+            "devices": device_states(self.hardware.saved),
+            "firmware_bytes": 0 if self._firmware is None else len(self._firmware),
+            "requests": [tuple(vars(request).values()) for request in self._requests],
+            "on_reset": self._on_reset,
+            "on_shutdown": self._on_shutdown,
             "exits_since_turn": self._exits_since_turn,
             "last_turn_ns": self._last_turn_ns,
         }
@@ -279,7 +250,7 @@ class Pc:
             self.vcpu.immediate_exit = False
 
     def _restore(self, machine: Document) -> None:
-        restore_devices(self._devices, machine["devices"])
+        restore_devices(self.hardware.saved, machine["devices"])
         self._exits_since_turn, self._last_turn_ns = machine["exits_since_turn"], machine["last_turn_ns"]
 
     def stop(self) -> None:
@@ -330,24 +301,77 @@ class Pc:
 
     def _port_io(self, vm_exit: IoExit) -> None:
         if vm_exit.write:
-            self._slow_ports.write(vm_exit.port, vm_exit.size, vm_exit.data)
+            self._exit_ports.write(vm_exit.port, vm_exit.size, vm_exit.data)
         else:
-            value = self._slow_ports.read(vm_exit.port, vm_exit.size)
+            value = self._exit_ports.read(vm_exit.port, vm_exit.size)
             if value is not None:
                 vm_exit.data = value
 
-    def _debug_exit(self, value: int) -> None:
-        self._ending = Ending(End.DEBUG_EXIT, value)
+    def _mmio(self, vm_exit: MmioExit) -> None:
+        """Where nobody answers, what is read stays all ones, and what is written is dropped."""
+        if vm_exit.write:
+            self._exit_mmio.write(vm_exit.gpa, vm_exit.size, vm_exit.data)
+        else:
+            value = self._exit_mmio.read(vm_exit.gpa, vm_exit.size)
+            if value is not None:
+                vm_exit.data = value
 
-    def _program_ended(self, status: int) -> None:
+    # ------------------------------------------------------------------------------------- what the devices tell
+
+    def debug_exit(self, status: int) -> None:
+        """The guest has written to a debug-exit port."""
+        self._ending = Ending(End.DEBUG_EXIT, status)
+
+    def program_ended(self, status: int) -> None:
+        """The guest's program has ended."""
         self._ending = Ending(End.PROGRAM, status)
 
+    def power_off(self) -> None:
+        """The guest has switched the machine off."""
+        self._ending = Ending(End.POWER_OFF, 0)
+
+    def reset_machine(self) -> None:
+        """The guest has pulled the RESET line, or someone from without has."""
+        if self._on_reset == "reset" and self._can_start_again:
+            self._reset_wanted = True
+        else:
+            self._ending = Ending(End.RESET, 0)
+
+    def _shut_down(self) -> None:
+        if self._on_shutdown == "reset" and self._can_start_again:
+            self._reset_wanted = True
+        else:
+            self._ending = Ending(End.TRIPLE_FAULT, STATUS_CRASHED, self._where())
+
+    @property
+    def _can_start_again(self) -> bool:
+        return self._firmware is not None or self._load_image is not None
+
     def _reset(self) -> None:
-        self._ending = Ending(End.RESET, 0)
+        """Start again as behind power-on, with memory as it is, but for what is loaded anew."""
+        self._reset_wanted = False
+        self.hardware.reset()
+        self._power_on.restore(self.vm, self.vcpu)
+        if self._firmware is not None:
+            shadow_firmware(self.vm.memory, self._firmware)
+        self._start_image()
 
     def _where(self) -> str:
         regs = self.vcpu.get_regs()
         return f"RIP {regs.rip:#x}, RSP {regs.rsp:#x}, CR3 {self.vcpu.get_sregs().cr3:#x}"
+
+
+def _check_memory_size(memory_size: int) -> None:
+    if memory_size < MINIMUM_MEMORY:
+        raise MemoryLayoutError(
+            f"{memory_size / MIB:g} MiB of memory is too little for a PC; "
+            f"give at least {MINIMUM_MEMORY // MIB}"
+        )
+    if memory_size > _host_memory():
+        raise MemoryLayoutError(
+            f"the guest cannot have {memory_size // MIB} MiB of memory, "
+            f"this host has {_host_memory() // MIB}; give it less"
+        )
 
 
 def _describe(vm_exit: InternalErrorExit) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
 
-from lasskvm.kvm import Clock, ExecutionEngine, Exit, HltExit, HostClock, IntrExit, PortBus, Vm, host
+from lasskvm.kvm import Clock, ExecutionEngine, Exit, HltExit, HostClock, IntrExit, MmioBus, PortBus, Vm, host
 from lasskvm.kvm.clock import NANOSECONDS_PER_SECOND
 from lasskvm.kvm.interface import VcpuInterface, VmInterface
 from lasskvm.kvm.providers import Provider
@@ -36,6 +36,8 @@ class Board(Protocol):
     clock: Clock
     #: Where devices go that a guest talks to all the time.
     ports: PortBus
+    #: The same in memory space.
+    mmio: MmioBus
 
     def create_vcpu(self, cpu: CpuModel) -> VcpuInterface:
         """The vCPU, with the CPUID of *cpu* as far as this provider can give it."""
@@ -61,14 +63,20 @@ class Board(Protocol):
 
 
 def open_board(
-    provider: Provider, exit_ports: PortBus, *, engine: ExecutionEngine = "jit", clock: Clock | None = None
+    provider: Provider,
+    exit_ports: PortBus,
+    exit_mmio: MmioBus,
+    *,
+    engine: ExecutionEngine = "jit",
+    clock: Clock | None = None,
 ) -> Board:
     """A board of *provider*.
 
-    *exit_ports* is the bus that the machine answers from exits. *engine* and *clock* are for the soft provider only; it
-    has a deterministic clock unless *clock* is given. Raises :class:`~lasskvm.errors.HostError` when there is no KVM.
+    *exit_ports* and *exit_mmio* are the buses that the machine answers from exits. *engine* and *clock* are for the
+    soft provider only; it has a deterministic clock unless *clock* is given. Raises
+    :class:`~lasskvm.errors.HostError` when there is no KVM.
     """
-    return HostBoard(exit_ports) if provider == "host" else SoftBoard(engine, clock)
+    return HostBoard(exit_ports, exit_mmio) if provider == "host" else SoftBoard(engine, clock)
 
 
 class SoftBoard:
@@ -80,7 +88,7 @@ class SoftBoard:
             self._vm.set_clock(clock)
         self.vm: VmInterface = self._vm
         self.clock = self._vm.clock
-        self.ports = self._vm.ports
+        self.ports, self.mmio = self._vm.ports, self._vm.mmio
 
     def create_vcpu(self, cpu: CpuModel) -> VcpuInterface:
         """The vCPU; this provider gives every feature that a model can have."""
@@ -120,13 +128,13 @@ class SoftBoard:
 class HostBoard:
     """A board around /dev/kvm."""
 
-    def __init__(self, exit_ports: PortBus) -> None:
+    def __init__(self, exit_ports: PortBus, exit_mmio: MmioBus) -> None:
         with host.System() as system:
             self._supported = system.get_supported_cpuid()
             self._vm = system.create_vm()
         self.vm: VmInterface = self._vm
         self.clock: Clock = HostClock()
-        self.ports = exit_ports
+        self.ports, self.mmio = exit_ports, exit_mmio
         self._missing: list[str] = []
         self._exits = 0
 

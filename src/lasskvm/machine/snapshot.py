@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lasskvm.errors import SnapshotError
-from lasskvm.kvm import PortDevice, StatefulDevice, Vm
+from lasskvm.kvm import StatefulDevice, Vm
 from lasskvm.kvm.interface import VmInterface
 from lasskvm.kvm.snapshot import Document
 from lasskvm.kvm.snapshot_state import save_vm
@@ -32,15 +32,12 @@ def machine_of(document: Document, path: Path) -> Document:
     return machine
 
 
-def device_states(devices: Mapping[str, PortDevice]) -> Document:
-    """The states of those *devices* that have any, by name."""
-    return {
-        name: device.get_state() for name, device in devices.items() if isinstance(device, StatefulDevice)
-    }
+def device_states(devices: Mapping[str, StatefulDevice]) -> Document:
+    """The states of *devices*, by name."""
+    return {name: device.get_state() for name, device in devices.items()}
 
 
-def restore_devices(devices: Mapping[str, PortDevice], states: Document) -> None:
+def restore_devices(devices: Mapping[str, StatefulDevice], states: Document) -> None:
     """The inverse of :func:`device_states`; KeyError when one is missing."""
     for name, device in devices.items():
-        if isinstance(device, StatefulDevice):
-            device.set_state(states[name])
+        device.set_state(states[name])

@@ -1,10 +1,12 @@
 """CPUID: where the feature bits are, and how a vCPU's table answers a lookup.
 
-Features carry the names of Linux's ``/proc/cpuinfo`` (``lass``, ``smap``, ``pni``); :data:`FEATURES` says where each
-one is found. A :class:`CpuidTable` holds the entries that ``KVM_SET_CPUID2`` takes and answers as KVM's
-``kvm_cpuid()`` does. :mod:`lasskvm.x86.cpu_models` makes such entries.
+Features carry the names of Linux's ``/proc/cpuinfo`` (``lass``, ``smap``, ``pni``), and those of KVM's own leaf the
+names that QEMU gives them (``kvmclock``, ``kvm_steal_time``); :data:`FEATURES` says where each one is found. A
+:class:`CpuidTable` holds the entries that ``KVM_SET_CPUID2`` takes and answers as KVM's ``kvm_cpuid()`` does.
+:mod:`lasskvm.x86.cpu_models` makes such entries.
 
-Sources: Intel SDM volume 2A, CPUID; the instruction-set extensions reference for leaf 7, subleaf 1.
+Sources: Intel SDM volume 2A, CPUID, and volume 1, 13.2 and 13.4 (leaf 0DH); the instruction-set extensions reference
+for leaf 7, subleaf 1; Linux's documentation of KVM's CPUID leaves.
 """
 
 from __future__ import annotations
@@ -46,9 +48,11 @@ LEAF_TSC = 0x15
 LEAF_FREQUENCY = 0x16
 LEAF_TOPOLOGY_V2 = 0x1F
 LEAF_HYPERVISOR = 0x40000000
+LEAF_KVM_FEATURES = 0x40000001
 LEAF_MAX_EXTENDED = 0x80000000
 LEAF_EXTENDED_FEATURES = 0x80000001
 LEAF_BRAND = 0x80000002
+LEAF_L1_CACHES = 0x80000005
 LEAF_L2_CACHE = 0x80000006
 LEAF_ADVANCED_POWER = 0x80000007
 LEAF_ADDRESS_SIZES = 0x80000008
@@ -102,6 +106,12 @@ _BITS: dict[tuple[int, int, int], str] = {
         . . lam msrlist . . . .""",
     (LEAF_XSAVE, 1, EAX): "xsaveopt xsavec xgetbv1 xsaves xfd",
     (LEAF_SGX, 0, EAX): "sgx1 sgx2",
+    (LEAF_KVM_FEATURES, 0, EAX): """
+        kvmclock kvm_nopiodelay kvm_mmu kvmclock2 kvm_asyncpf kvm_steal_time kvm_pv_eoi kvm_pv_unhalt
+        . kvm_pv_tlb_flush kvm_asyncpf_vmexit kvm_pv_ipi
+        kvm_poll_control kvm_pv_sched_yield kvm_asyncpf_int kvm_msi_ext_dest_id
+        . . . . . . . .
+        kvmclock_stable_bit""",
     (LEAF_EXTENDED_FEATURES, 0, ECX): """
         lahf_lm cmp_legacy svm extapic cr8_legacy abm sse4a misalignsse
         3dnowprefetch osvw""",
@@ -156,6 +166,15 @@ def packed_words(data: bytes) -> tuple[int, ...]:
 
 
 _MAXPHYADDR_UNKNOWN = 36
+#: The XSAVE area: the legacy region and the header, which are always there; then the components from this bit of XCR0
+#: on, each described by the subleaf of that number. Its ECX bit 1 aligns it in the compacted format.
+_XSAVE_LEGACY_AND_HEADER = 512 + 64
+_XSAVE_FIRST_COMPONENT = 2
+_XSAVE_COMPONENTS_END = 63
+_XSAVE_ALIGNED = 1 << 1
+_XSAVE_ALIGNMENT = 64
+#: XCR0 after reset: x87.
+_XCR0_RESET = 1 << 0
 #: Lookups that a table remembers; a guest can ask for any of 2**64.
 _KEPT_ANSWERS = 256
 
@@ -170,7 +189,7 @@ class CpuidTable:
     def __init__(self, entries: Iterable[CpuidEntry]) -> None:
         self.entries = tuple(entries)
         self._by_place: dict[tuple[int, int | None], CpuidEntry] = {}
-        self._answers: dict[tuple[int, int, bool, bool, bool], tuple[int, int, int, int]] = {}
+        self._answers: dict[tuple[int, int, bool, bool, bool, int], tuple[int, int, int, int]] = {}
         for entry in self.entries:
             index = entry.index if entry.flags & SIGNIFICANT_INDEX else None
             self._by_place.setdefault((entry.function, index), entry)
@@ -183,15 +202,16 @@ class CpuidTable:
         osxsave: bool = False,
         ospke: bool = False,
         apic_enabled: bool = True,
+        xcr0: int = _XCR0_RESET,
     ) -> tuple[int, int, int, int]:
         """EAX, EBX, ECX and EDX of ``CPUID(EAX=leaf, ECX=subleaf)``, as KVM's ``kvm_cpuid()`` finds them.
 
         A leaf behind the end of its range returns the highest basic leaf on Intel processors and zeros on
-        AMD's; a gap within it returns zeros. The three bits that follow the vCPU's state are filled in:
-        *osxsave* and *ospke* are CR4.OSXSAVE and CR4.PKE, *apic_enabled* is the global enable bit of
-        IA32_APIC_BASE.
+        AMD's; a gap within it returns zeros. What follows the vCPU's state is filled in: *osxsave* and *ospke* are
+        CR4.OSXSAVE and CR4.PKE, *apic_enabled* is the global enable bit of IA32_APIC_BASE, and *xcr0* says how large
+        the XSAVE area is (leaf 0DH, EBX).
         """
-        state = leaf, subleaf, osxsave, ospke, apic_enabled
+        state = leaf, subleaf, osxsave, ospke, apic_enabled, xcr0
         if state not in self._answers:
             if len(self._answers) >= _KEPT_ANSWERS:
                 self._answers.clear()
@@ -199,7 +219,7 @@ class CpuidTable:
         return self._answers[state]
 
     def _lookup(
-        self, leaf: int, subleaf: int, osxsave: bool, ospke: bool, apic_enabled: bool
+        self, leaf: int, subleaf: int, osxsave: bool, ospke: bool, apic_enabled: bool, xcr0: int
     ) -> tuple[int, int, int, int]:
         entry = self._find(leaf, subleaf)
         if entry is None and self._is_out_of_range(leaf):
@@ -207,13 +227,17 @@ class CpuidTable:
             entry = self._find(leaf, subleaf)
         if entry is None:
             return self._topology_without_levels(leaf, subleaf)
-        ecx, edx = entry.ecx, entry.edx
+        ebx, ecx, edx = entry.ebx, entry.ecx, entry.edx
         if leaf == LEAF_FEATURES:
             ecx = _with_bit(ecx, "osxsave", osxsave and self.has("xsave"))
             edx = _with_bit(edx, "apic", apic_enabled and self.has("apic"))
         elif leaf == LEAF_STRUCTURED_FEATURES and subleaf == 0:
             ecx = _with_bit(ecx, "ospke", ospke and self.has("pku"))
-        return entry.eax, entry.ebx, ecx, edx
+        elif leaf == LEAF_XSAVE and subleaf == 0:
+            ebx = self.xsave_bytes(xcr0)
+        elif leaf == LEAF_XSAVE and subleaf == 1 and (self.has("xsavec") or self.has("xsaves")):
+            ebx = self.xsave_bytes(xcr0, compacted=True)
+        return entry.eax, ebx, ecx, edx
 
     def has(self, name: str) -> bool:
         """Whether the entries carry the feature *name* (a key of :data:`FEATURES`)."""
@@ -230,6 +254,20 @@ class CpuidTable:
         """Physical address bits; 36 when no leaf tells (KVM: ``cpuid_query_maxphyaddr()``)."""
         entry = self._find(LEAF_ADDRESS_SIZES, 0)
         return entry.eax & 0xFF if entry is not None else _MAXPHYADDR_UNKNOWN
+
+    def xsave_bytes(self, components: int, *, compacted: bool = False) -> int:
+        """The size of an XSAVE area with the *components* of XCR0, in bytes (``xstate_required_size()``)."""
+        end = _XSAVE_LEGACY_AND_HEADER
+        for component in range(_XSAVE_FIRST_COMPONENT, _XSAVE_COMPONENTS_END):
+            entry = self._find(LEAF_XSAVE, component) if components >> component & 1 else None
+            if entry is None:
+                continue
+            offset = entry.ebx
+            if compacted:
+                alignment = _XSAVE_ALIGNMENT if entry.ecx & _XSAVE_ALIGNED else 1
+                offset = -(-end // alignment) * alignment
+            end = max(end, offset + entry.eax)
+        return end
 
     def _find(self, leaf: int, subleaf: int) -> CpuidEntry | None:
         return self._by_place.get((leaf, subleaf)) or self._by_place.get((leaf, None))

@@ -46,6 +46,8 @@ CR0_PG = 1 << 31
 # CR3
 CR3_PWT = 1 << 3
 CR3_PCD = 1 << 4
+CR3_LAM_U57 = 1 << 61
+CR3_LAM_U48 = 1 << 62
 
 # CR4
 CR4_VME = 1 << 0

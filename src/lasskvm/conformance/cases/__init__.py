@@ -30,6 +30,7 @@ _MODULES = (
     "implicit",
     "wrap",
     "canonical",
+    "lam",
     "branches",
     "syscalls",
     "compatibility",

@@ -84,6 +84,7 @@ def _mov_to_cr(ctx: Emulation, number: int, value: int) -> None:
         control.set_cr4(words, ctx.memory, value)
     else:
         control.set_cr8(words, value)
+        ctx.task_priority_written()
 
 
 def _mov_from_cr(words: Words, number: int) -> int:
@@ -181,6 +182,7 @@ def _cpuid(ctx: Emulation, decoded: Decoded) -> None:
         osxsave=bool(words[CR4] & CR4_OSXSAVE),
         ospke=bool(words[CR4] & CR4_PKE),
         apic_enabled=bool(words[APIC_BASE] & APIC_BASE_ENABLE),
+        xcr0=words[XCR0],
     )
     complete(ctx, decoded)
 

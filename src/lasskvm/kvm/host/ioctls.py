@@ -1,7 +1,8 @@
 """The ioctls of /dev/kvm: their numbers, one way to call them, and what their failures mean.
 
 A request number says which way a structure goes and how large it is (``linux/ioctl.h``); it is computed here from the
-structures of :mod:`lasskvm.kvm.host.abi`, so a wrong structure is a wrong number, which the kernel refuses.
+structures of :mod:`lasskvm.kvm.host.abi` and :mod:`lasskvm.kvm.host.irqchip_abi`, so a wrong structure is a wrong
+number, which the kernel refuses.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from lasskvm.errors import HostError
 from lasskvm.kvm.host import abi
+from lasskvm.kvm.host import irqchip_abi as chips
 
 __all__ = ["API_VERSION", "Ioctl", "KvmIoctlError"]
 
@@ -41,6 +43,14 @@ _HINTS = {
     ("KVM_CREATE_IRQCHIP", errno.EINVAL): "the irqchip must come before the vCPU",
     ("KVM_CREATE_PIT2", errno.ENOENT): "the PIT needs an irqchip; call create_irqchip() first",
     ("KVM_IRQ_LINE", errno.ENXIO): "this VM has no irqchip; call create_irqchip() first",
+    ("KVM_GET_IRQCHIP", errno.ENXIO): "this VM has no irqchip; call create_irqchip() first",
+    ("KVM_SET_IRQCHIP", errno.ENXIO): "this VM has no irqchip; call create_irqchip() first",
+    ("KVM_SET_GSI_ROUTING", errno.EINVAL): "this VM has no irqchip; call create_irqchip() first",
+    ("KVM_SIGNAL_MSI", errno.EINVAL): "this VM has no irqchip; call create_irqchip() first",
+    ("KVM_GET_PIT2", errno.ENXIO): "this VM has no PIT; call create_pit2() first",
+    ("KVM_SET_PIT2", errno.ENXIO): "this VM has no PIT; call create_pit2() first",
+    ("KVM_GET_LAPIC", errno.EINVAL): "there is no local APIC; create the irqchip before the vCPU",
+    ("KVM_SET_LAPIC", errno.EINVAL): "there is no local APIC, or the state is none of this vCPU's",
     ("KVM_SET_CPUID2", errno.EINVAL): "the CPUID of a vCPU that has run cannot change, or is contradictory",
     ("KVM_SET_SREGS", errno.EINVAL): "the guest's CPUID, or this host, does not allow this CR0, CR4 and EFER",
     ("KVM_SET_SREGS2", errno.EINVAL): "the guest's CPUID, or this host, does not allow this CR0, CR4 and EFER",
@@ -139,10 +149,17 @@ KVM_SET_TSS_ADDR = _io("KVM_SET_TSS_ADDR", 0x47)
 KVM_SET_IDENTITY_MAP_ADDR = _iow("KVM_SET_IDENTITY_MAP_ADDR", 0x48, abi.Address)
 KVM_CREATE_IRQCHIP = _io("KVM_CREATE_IRQCHIP", 0x60)
 KVM_IRQ_LINE = _iow("KVM_IRQ_LINE", 0x61, abi.IrqLevel)
+KVM_GET_IRQCHIP = _iowr("KVM_GET_IRQCHIP", 0x62, chips.Irqchip)
+# The kernel's header has the direction of this one wrong, for ever.
+KVM_SET_IRQCHIP = _ior("KVM_SET_IRQCHIP", 0x63, chips.Irqchip)
+KVM_SET_GSI_ROUTING = _iow("KVM_SET_GSI_ROUTING", 0x6A, chips.IrqRouting)
 KVM_CREATE_PIT2 = _iow("KVM_CREATE_PIT2", 0x77, abi.PitConfig)
 KVM_SET_CLOCK = _iow("KVM_SET_CLOCK", 0x7B, abi.ClockData)
 KVM_GET_CLOCK = _ior("KVM_GET_CLOCK", 0x7C, abi.ClockData)
+KVM_GET_PIT2 = _ior("KVM_GET_PIT2", 0x9F, chips.PitState2)
+KVM_SET_PIT2 = _iow("KVM_SET_PIT2", 0xA0, chips.PitState2)
 KVM_ENABLE_CAP = _iow("KVM_ENABLE_CAP", 0xA3, abi.EnableCap)
+KVM_SIGNAL_MSI = _iow("KVM_SIGNAL_MSI", 0xA5, chips.Msi)
 KVM_X86_SET_MSR_FILTER = _iow("KVM_X86_SET_MSR_FILTER", 0xC6, abi.MsrFilter)
 
 # On a vCPU
@@ -158,6 +175,8 @@ KVM_SET_MSRS = _iow("KVM_SET_MSRS", 0x89, abi.Msrs)
 KVM_SET_SIGNAL_MASK = _iow("KVM_SET_SIGNAL_MASK", 0x8B, abi.SignalMaskHeader)
 KVM_GET_FPU = _ior("KVM_GET_FPU", 0x8C, abi.Fpu)
 KVM_SET_FPU = _iow("KVM_SET_FPU", 0x8D, abi.Fpu)
+KVM_GET_LAPIC = _ior("KVM_GET_LAPIC", 0x8E, chips.LapicState)
+KVM_SET_LAPIC = _iow("KVM_SET_LAPIC", 0x8F, chips.LapicState)
 KVM_SET_CPUID2 = _iow("KVM_SET_CPUID2", 0x90, abi.Cpuid2)
 KVM_GET_CPUID2 = _iowr("KVM_GET_CPUID2", 0x91, abi.Cpuid2)
 KVM_GET_MP_STATE = _ior("KVM_GET_MP_STATE", 0x98, abi.MpState)

@@ -16,6 +16,7 @@ from typing import Any, Self
 from lasskvm.kvm.exits import Exit, IntrExit
 from lasskvm.kvm.host import abi, conversion
 from lasskvm.kvm.host import ioctls as ioctl
+from lasskvm.kvm.host import irqchip_abi as chips
 from lasskvm.kvm.host.alarm import KICK, Alarm
 from lasskvm.kvm.host.cpuid import read_cpuid
 from lasskvm.kvm.host.descriptor import Descriptor
@@ -220,6 +221,21 @@ class Vcpu:
     def set_mp_state(self, state: MpState) -> None:
         """``KVM_SET_MP_STATE``; without an irqchip there is RUNNABLE only."""
         self._do(ioctl.KVM_SET_MP_STATE, abi.MpState(state))
+
+    def get_lapic(self) -> bytes:
+        """``KVM_GET_LAPIC``: the 1024 bytes of the local APIC's register page; EINVAL without an irqchip."""
+        return bytes(self._do(ioctl.KVM_GET_LAPIC, chips.LapicState()))
+
+    def set_lapic(self, registers: bytes) -> None:
+        """``KVM_SET_LAPIC`` of what :meth:`get_lapic` gave; a timer that runs is started again.
+
+        The mode of the local APIC (IA32_APIC_BASE) is not among it; set that before, with :meth:`set_sregs`.
+        """
+        raw = chips.LapicState()
+        if len(registers) != len(raw.regs):
+            raise KvmIoctlError(ioctl.KVM_SET_LAPIC.name, errno.EINVAL, f"it takes {len(raw.regs)} bytes")
+        raw.regs[:] = registers
+        self._do(ioctl.KVM_SET_LAPIC, raw)
 
     def get_nested_state(self) -> bytes:
         """``KVM_GET_NESTED_STATE``; OSError with ENOTTY without nested virtualization."""

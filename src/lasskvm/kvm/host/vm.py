@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -13,9 +13,13 @@ from lasskvm.errors import LassKvmError, MemoryLayoutError
 from lasskvm.kvm.host import abi
 from lasskvm.kvm.host import capabilities as cap
 from lasskvm.kvm.host import ioctls as ioctl
+from lasskvm.kvm.host import irqchip_abi as chips
+from lasskvm.kvm.host import irqchip_conversion as conversion
 from lasskvm.kvm.host.descriptor import Descriptor
 from lasskvm.kvm.host.ioctls import KvmIoctlError
 from lasskvm.kvm.host.vcpu import Vcpu, VcpuTraits
+from lasskvm.kvm.iobus import DeviceState
+from lasskvm.kvm.irqchip.routing import IrqChip, Route, check_routes
 from lasskvm.kvm.structures import MsrFilterRange
 from lasskvm.memory import PAGE_SIZE, GuestMemory, Slot, allocate
 
@@ -34,6 +38,8 @@ _FILTER_WRITE = 1 << 1
 _FILTER_DEFAULT_DENY = 1 << 0
 _EXIT_REASON_FILTER = 1 << 2
 _BITS_PER_BYTE = 8
+#: What the opaque state of the PIT is called.
+_PIT_STATE = "pit_state2"
 #: The bitmap of a dirty log comes in words of this many bits.
 _DIRTY_WORD_BITS = 64
 
@@ -151,8 +157,60 @@ class Vm:
         ioctl.KVM_CREATE_PIT2(self._descriptor.number, abi.PitConfig(flags=_PIT_SPEAKER_DUMMY))
 
     def irq_line(self, line: int, level: bool) -> None:
-        """``KVM_IRQ_LINE``: drive line *line* of the irqchip."""
+        """``KVM_IRQ_LINE``: drive the interrupt line (GSI) *line* of the irqchip, by its routes."""
         ioctl.KVM_IRQ_LINE(self._descriptor.number, abi.IrqLevel(irq=line, level=int(level)))
+
+    def set_gsi_routing(self, routes: Iterable[Route]) -> None:
+        """``KVM_SET_GSI_ROUTING``: where interrupt lines lead; the ones without a route lead nowhere.
+
+        OSError with EINVAL as of :func:`~lasskvm.kvm.irqchip.routing.check_routes`, and without an irqchip.
+        """
+        ioctl.KVM_SET_GSI_ROUTING(self._descriptor.number, conversion.routing_structure(check_routes(routes)))
+
+    def signal_msi(self, address: int, data: int) -> bool:
+        """``KVM_SIGNAL_MSI``: whether the vCPU has taken the message that storing *data* at *address* is.
+
+        Not when the guest does not let it in, or the message is for another processor. EINVAL without an irqchip.
+        """
+        try:
+            taken = ioctl.KVM_SIGNAL_MSI(self._descriptor.number, conversion.msi_structure(address, data))
+        except KvmIoctlError as error:
+            # What the kernel's -1 for "there is no such processor" looks like.
+            if error.errno != errno.EPERM:
+                raise
+            return False
+        return bool(taken)
+
+    def get_chip(self, chip: IrqChip) -> bytes:
+        """``KVM_GET_IRQCHIP`` of one chip: a ``struct kvm_pic_state`` or ``struct kvm_ioapic_state``."""
+        raw = chips.Irqchip(chip_id=chip)
+        ioctl.KVM_GET_IRQCHIP(self._descriptor.number, raw)
+        return conversion.chip_from(raw)
+
+    def set_chip(self, chip: IrqChip, state: bytes) -> None:
+        """``KVM_SET_IRQCHIP`` of one chip; ValueError when *state* has not the size of the chip's structure."""
+        ioctl.KVM_SET_IRQCHIP(self._descriptor.number, conversion.chip_to(chip, state))
+
+    def get_irqchip(self) -> DeviceState:
+        """``KVM_GET_IRQCHIP`` of the 8259As and the I/O APIC, by name."""
+        return {chip.name.lower(): self.get_chip(chip).hex() for chip in IrqChip}
+
+    def set_irqchip(self, state: DeviceState) -> None:
+        """``KVM_SET_IRQCHIP`` of what :meth:`get_irqchip` gave."""
+        # The first 8259A comes last: what the other one still asks for would be noted in it.
+        for chip in reversed(IrqChip):
+            self.set_chip(chip, bytes.fromhex(state[chip.name.lower()]))
+
+    def get_pit2(self) -> DeviceState:
+        """``KVM_GET_PIT2``."""
+        raw = chips.PitState2()
+        ioctl.KVM_GET_PIT2(self._descriptor.number, raw)
+        return {_PIT_STATE: bytes(raw).hex()}
+
+    def set_pit2(self, state: DeviceState) -> None:
+        """``KVM_SET_PIT2`` of what :meth:`get_pit2` gave; channel 0 starts to count anew."""
+        raw = chips.PitState2.from_buffer_copy(bytes.fromhex(state[_PIT_STATE]))
+        ioctl.KVM_SET_PIT2(self._descriptor.number, raw)
 
     def get_clock(self) -> int:
         """``KVM_GET_CLOCK``: the nanoseconds of kvmclock, which run from the VM's creation."""

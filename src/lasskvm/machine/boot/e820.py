@@ -2,17 +2,23 @@
 
 It follows from the memory slots: writable slots are RAM, read-only ones (ROM) are reserved, what no slot
 covers is not mentioned, so that a guest takes the hole below 4 GiB for device space. The legacy hole of a
-PC, 639 KiB to 1 MiB, is reserved in any case. Types as in ACPI, "Address Range Types".
+PC, 639 KiB to 1 MiB, is reserved in any case, and so is any slot between the IOAPIC and 4 GiB. The machine may
+reserve parts of RAM for its tables. Types as in ACPI, "Address Range Types".
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from lasskvm.machine.boot.layout import LEGACY_HOLE_END, LEGACY_HOLE_START
+from lasskvm.machine.boot.layout import (
+    DEVICE_SPACE_START,
+    FOUR_GIB,
+    LEGACY_HOLE_END,
+    LEGACY_HOLE_START,
+)
 from lasskvm.memory import SLOT_READONLY, GuestMemory
 
 __all__ = ["E820Entry", "E820Map", "E820Type"]
@@ -26,6 +32,10 @@ class E820Type(IntEnum):
 
     RAM = 1
     RESERVED = 2
+    #: ACPI tables; RAM again for a guest that has read them.
+    ACPI = 3
+    #: Memory of the firmware that has to survive a sleep.
+    NVS = 4
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,16 @@ class E820Map:
         self.entries = entries
 
     @classmethod
-    def of_memory(cls, memory: GuestMemory) -> E820Map:
-        """The map for the slots of *memory*; adjacent ranges of one type are merged."""
-        ranges = [*_slot_ranges(memory), E820Entry(LEGACY_HOLE_START, LEGACY_HOLE_END, E820Type.RESERVED)]
+    def of_memory(cls, memory: GuestMemory, reserved: Iterable[E820Entry] = ()) -> E820Map:
+        """The map for the slots of *memory*; adjacent ranges of one type are merged.
+
+        *reserved* are ranges that are not RAM though a slot says so; they must not overlap each other.
+        """
+        own = [E820Entry(LEGACY_HOLE_START, LEGACY_HOLE_END, E820Type.RESERVED)]
+        own += [entry for entry in reserved if not _lies_in(entry, own[0])]
+        ranges = [*own]
+        for slot in _slot_ranges(memory):
+            ranges += _without(slot, own)
         entries: list[E820Entry] = []
         for entry in sorted(ranges, key=lambda entry: entry.start):
             if entries and entries[-1].end == entry.start and entries[-1].type == entry.type:
@@ -78,10 +95,21 @@ class E820Map:
 
 def _slot_ranges(memory: GuestMemory) -> Iterator[E820Entry]:
     for slot in memory:
-        kind = E820Type.RESERVED if slot.flags & SLOT_READONLY else E820Type.RAM
-        for start, end in (
-            (slot.gpa, min(slot.end, LEGACY_HOLE_START)),
-            (max(slot.gpa, LEGACY_HOLE_END), slot.end),
-        ):
-            if start < end:
-                yield E820Entry(start, end, kind)
+        is_device_space = DEVICE_SPACE_START <= slot.gpa < FOUR_GIB
+        is_ram = not slot.flags & SLOT_READONLY and not is_device_space
+        yield E820Entry(slot.gpa, slot.end, E820Type.RAM if is_ram else E820Type.RESERVED)
+
+
+def _lies_in(inner: E820Entry, outer: E820Entry) -> bool:
+    return outer.start <= inner.start and inner.end <= outer.end
+
+
+def _without(entry: E820Entry, holes: Iterable[E820Entry]) -> Iterator[E820Entry]:
+    """The parts of *entry* that none of *holes* covers."""
+    start = entry.start
+    for hole in sorted(holes, key=lambda hole: hole.start):
+        if start < min(hole.start, entry.end):
+            yield E820Entry(start, min(hole.start, entry.end), entry.type)
+        start = max(start, hole.end)
+    if start < entry.end:
+        yield E820Entry(start, entry.end, entry.type)

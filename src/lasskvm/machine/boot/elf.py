@@ -1,12 +1,14 @@
-"""64-bit x86-64 ELF executables: a vmlinux, or a kernel of one's own.
+"""x86 ELF executables of both classes: a vmlinux, a multiboot kernel, or a kernel of one's own.
 
-Only the ELF header and the program headers are read; a vmlinux with gigabytes of debug information loads as
-fast as one without. Segments go to their physical addresses (``p_paddr``).
+Only the ELF header, the program headers and, when asked for, the notes are read; a vmlinux with gigabytes of
+debug information loads as fast as one without. Segments go to their physical addresses (``p_paddr``).
 """
 
 from __future__ import annotations
 
 import os
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, BinaryIO
@@ -17,19 +19,49 @@ from elftools.elf.structs import ELFStructs
 
 from lasskvm.errors import ImageError
 from lasskvm.machine.boot.e820 import E820Map
-from lasskvm.machine.boot.layout import BOOT_DATA_END, BOOT_DATA_START, FOUR_GIB, MIB
-from lasskvm.memory import GuestMemory
+from lasskvm.machine.boot.layout import FOUR_GIB, MIB
+from lasskvm.machine.boot.placement import Placement
 
-__all__ = ["ELF_MAGIC", "Elf64", "ElfSegment", "load_elf64", "read_elf64"]
+__all__ = [
+    "ELF_MAGIC",
+    "Elf",
+    "ElfNote",
+    "ElfSegment",
+    "check_placement",
+    "place_elf",
+    "read_elf",
+    "read_elf64",
+    "read_notes",
+]
 
 ELF_MAGIC = b"\x7fELF"
 _EI_CLASS, _EI_DATA = 4, 5
-_ELFCLASS64 = 2
+_ELFCLASS32, _ELFCLASS64 = 1, 2
 _ELFDATA2LSB = 1
 _IDENT_SIZE = 16
-_HEADER_SIZE = 64
-_PROGRAM_HEADER_SIZE = 56
-_ZEROS = bytes(MIB)
+
+
+@dataclass(frozen=True)
+class _Format:
+    """What differs between the classes."""
+
+    bits: int
+    header_size: int
+    program_header_size: int
+    machine: str
+    machine_name: str
+
+
+_FORMATS = {
+    _ELFCLASS32: _Format(32, 52, 32, "EM_386", "i386"),
+    _ELFCLASS64: _Format(64, 64, 56, "EM_X86_64", "x86-64"),
+}
+
+#: ``Elf32_Nhdr``, the same in both classes: sizes of name and descriptor, and the type.
+_NOTE = struct.Struct("<III")
+_NOTE_ALIGNMENT = 4
+#: Notes are short; what a vmlinux has is below 1 KiB.
+_NOTES_LIMIT = MIB
 
 
 @dataclass(frozen=True)
@@ -50,9 +82,11 @@ class ElfSegment:
 
 
 @dataclass(frozen=True)
-class Elf64:
-    """The headers of a 64-bit x86-64 ELF file; *type* is "ET_EXEC", "ET_DYN", ..., *entry* is ``e_entry``."""
+class Elf:
+    """The headers of an x86 ELF file of *bits* 32 or 64; *type* is "ET_EXEC", "ET_DYN", ..., *entry* is
+    ``e_entry``."""
 
+    bits: int
     type: str
     entry: int
     segments: tuple[ElfSegment, ...]
@@ -69,49 +103,71 @@ class Elf64:
         return any(segment.type == "PT_INTERP" for segment in self.segments)
 
 
-def read_elf64(stream: BinaryIO) -> Elf64:
+@dataclass(frozen=True)
+class ElfNote:
+    """One note; *name* is that of its owner, such as "Xen", who gives *type* and *descriptor* their meaning."""
+
+    name: str
+    type: int
+    descriptor: bytes
+
+
+def read_elf64(stream: BinaryIO) -> Elf:
+    """:func:`read_elf` for a file that has to be a 64-bit one; raises :class:`ImageError` for any other, too."""
+    stream.seek(0)
+    ident = stream.read(_IDENT_SIZE)
+    if ident.startswith(ELF_MAGIC) and len(ident) > _EI_CLASS and ident[_EI_CLASS] != _ELFCLASS64:
+        raise ImageError("is not a 64-bit little-endian ELF file; build it for x86-64")
+    return read_elf(stream)
+
+
+def read_elf(stream: BinaryIO) -> Elf:
     """Read the headers of the ELF file in *stream* and check that its segments lie in the file.
 
-    Raises :class:`ImageError`, whose sentence goes on after the file's name: not ELF, 32-bit, another
-    machine, truncated or damaged.
+    Raises :class:`ImageError`, whose sentence goes on after the file's name: not ELF, another machine,
+    truncated or damaged.
     """
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     ident = stream.read(_IDENT_SIZE)
     if ident[: len(ELF_MAGIC)] != ELF_MAGIC:
         raise ImageError("is not an ELF file; give an x86-64 ELF executable")
-    if size < _HEADER_SIZE:
+    elf_format = _FORMATS.get(ident[_EI_CLASS]) if len(ident) == _IDENT_SIZE else None
+    if len(ident) < _IDENT_SIZE or (elf_format is not None and size < elf_format.header_size):
         raise ImageError("is a truncated ELF file: it ends inside the ELF header; get or build it again")
-    if ident[_EI_CLASS] != _ELFCLASS64 or ident[_EI_DATA] != _ELFDATA2LSB:
-        raise ImageError("is not a 64-bit little-endian ELF file; build it for x86-64")
+    if elf_format is None or ident[_EI_DATA] != _ELFDATA2LSB:
+        raise ImageError("is not a little-endian ELF file of 32 or 64 bits; build it for x86-64")
     try:
-        return _read_headers(stream, size)
+        return _read_headers(stream, size, elf_format)
     except ELFParseError as error:
         raise ImageError(
             "is a truncated ELF file: it ends inside its headers; get or build it again"
         ) from error
 
 
-def _read_headers(stream: BinaryIO, size: int) -> Elf64:
-    structs = ELFStructs(little_endian=True, elfclass=64)
+def _read_headers(stream: BinaryIO, size: int, elf_format: _Format) -> Elf:
+    structs = ELFStructs(little_endian=True, elfclass=elf_format.bits)
     structs.create_basic_structs()
     header: Any = struct_parse(structs.Elf_Ehdr, stream, 0)
     structs.create_advanced_structs(header["e_type"], header["e_machine"], header["e_ident"]["EI_OSABI"])
-    if header["e_machine"] != "EM_X86_64":
+    if header["e_machine"] != elf_format.machine:
         machine = str(header["e_machine"]).removeprefix("EM_")
-        raise ImageError(f"is an ELF file for another machine ({machine}); build it for x86-64")
+        raise ImageError(
+            f"is a {elf_format.bits}-bit ELF file for another machine ({machine}); "
+            f"build it for {elf_format.machine_name}"
+        )
     count, offset = header["e_phnum"], header["e_phoff"]
-    if count and header["e_phentsize"] != _PROGRAM_HEADER_SIZE:
+    if count and header["e_phentsize"] != elf_format.program_header_size:
         raise ImageError(
             "is a damaged ELF file: its program headers have a wrong size; get or build it again"
         )
-    if offset + count * _PROGRAM_HEADER_SIZE > size:
+    if offset + count * elf_format.program_header_size > size:
         raise ImageError(
             "is a truncated ELF file: its program headers lie behind its end; get or build it again"
         )
     segments = []
     for index in range(count):
-        raw: Any = struct_parse(structs.Elf_Phdr, stream, offset + index * _PROGRAM_HEADER_SIZE)
+        raw: Any = struct_parse(structs.Elf_Phdr, stream, offset + index * elf_format.program_header_size)
         segments.append(
             ElfSegment(
                 type=str(raw["p_type"]),
@@ -122,7 +178,7 @@ def _read_headers(stream: BinaryIO, size: int) -> Elf64:
                 memory_size=raw["p_memsz"],
             )
         )
-    elf = Elf64(str(header["e_type"]), header["e_entry"], tuple(segments))
+    elf = Elf(elf_format.bits, str(header["e_type"]), header["e_entry"], tuple(segments))
     for segment in elf.loadable:
         _check_file_range(segment, size)
     return elf
@@ -140,14 +196,47 @@ def _check_file_range(segment: ElfSegment, size: int) -> None:
         )
 
 
-def load_elf64(elf: Elf64, stream: BinaryIO, memory: GuestMemory, e820: E820Map) -> int:
-    """Write the PT_LOAD segments of *elf* into *memory*, what the file does not fill as zeros; the entry's
-    gpa.
+def read_notes(elf: Elf, stream: BinaryIO) -> Iterator[ElfNote]:
+    """The notes in the PT_NOTE segments of *elf*, with 4-byte alignment as Linux and Xen write them.
+
+    Raises :class:`ImageError`, whose sentence goes on after the file's name, when they do not lie in the file.
+    """
+    for segment in elf.segments:
+        if segment.type == "PT_NOTE":
+            stream.seek(min(segment.offset, FOUR_GIB))
+            data = stream.read(min(segment.file_size, _NOTES_LIMIT))
+            if len(data) < segment.file_size:
+                raise ImageError(
+                    f"is a damaged ELF file: it says that it has {segment.file_size} bytes of notes; "
+                    "get or build it again"
+                )
+            yield from _parse_notes(data)
+
+
+def _parse_notes(data: bytes) -> Iterator[ElfNote]:
+    position = 0
+    while position + _NOTE.size <= len(data):
+        name_size, descriptor_size, kind = _NOTE.unpack_from(data, position)
+        name = position + _NOTE.size
+        descriptor = _note_aligned(name + name_size)
+        end = descriptor + descriptor_size
+        if end > len(data):
+            raise ImageError("is a damaged ELF file: a note is cut off; get or build it again")
+        owner = data[name : name + name_size].rstrip(b"\0").decode("ascii", "replace")
+        yield ElfNote(owner, kind, data[descriptor:end])
+        position = _note_aligned(end)
+
+
+def _note_aligned(position: int) -> int:
+    return -(-position // _NOTE_ALIGNMENT) * _NOTE_ALIGNMENT
+
+
+def place_elf(elf: Elf, stream: BinaryIO, e820: E820Map) -> tuple[list[Placement], int]:
+    """Where the PT_LOAD segments of *elf* go, by address, what the file does not fill as zeros; and the entry's gpa.
 
     ``e_entry`` may be physical (Linux: ``startup_64``) or virtual; a virtual one is translated through its
-    segment. Raises :class:`ImageError`, whose sentence goes on after the file's name, and leaves memory
-    alone then: nothing to load, not an executable, segments that overlap each other, the loader's own data
-    or anything but RAM below 4 GiB, an entry point in no segment.
+    segment. Raises :class:`ImageError`, whose sentence goes on after the file's name: nothing to load, not an
+    executable, segments that overlap each other or anything but RAM below 4 GiB, an entry point in no segment.
     """
     if elf.type != "ET_EXEC":
         raise ImageError(
@@ -157,7 +246,7 @@ def load_elf64(elf: Elf64, stream: BinaryIO, memory: GuestMemory, e820: E820Map)
     if not segments:
         raise ImageError("has no PT_LOAD segment, so there is nothing to run; link it with one")
     for segment in segments:
-        _check_placement(segment, e820)
+        check_placement(segment.physical_address, segment.physical_end, e820)
     for lower, upper in pairwise(segments):
         if lower.physical_end > upper.physical_address:
             raise ImageError(
@@ -165,30 +254,33 @@ def load_elf64(elf: Elf64, stream: BinaryIO, memory: GuestMemory, e820: E820Map)
                 "give every segment its own load address (AT in the linker script)"
             )
     entry = _physical_entry(elf)
-    for segment in segments:
-        stream.seek(segment.offset)
-        memory.write(segment.physical_address, stream.read(segment.file_size))
-        for gpa in range(segment.physical_address + segment.file_size, segment.physical_end, len(_ZEROS)):
-            memory.write(gpa, memoryview(_ZEROS)[: segment.physical_end - gpa])
-    return entry
+    return [_place_segment(segment, stream) for segment in segments], entry
 
 
-def _check_placement(segment: ElfSegment, e820: E820Map) -> None:
-    where = f"at {segment.physical_address:#x} to {segment.physical_end - 1:#x}"
-    if segment.physical_address < BOOT_DATA_END and segment.physical_end > BOOT_DATA_START:
-        raise ImageError(f"loads {where}, where the loader's own data lie; link it to load at 1 MiB or above")
-    if segment.physical_end > FOUR_GIB:
+def check_placement(start: int, end: int, e820: E820Map) -> None:
+    """Raise :class:`ImageError`, whose sentence goes on after the file's name, unless *start* to *end* is all RAM
+    below 4 GiB."""
+    where = f"at {start:#x} to {end - 1:#x}"
+    if end > FOUR_GIB:
         raise ImageError(
             f"loads {where}, beyond the first 4 GiB; set its load address (AT in the linker script)"
         )
-    if not e820.is_ram(segment.physical_address, segment.memory_size):
+    if not e820.is_ram(start, end - start):
         raise ImageError(
             f"loads {where}, which is not all guest RAM; "
             "give the guest more memory or change the load address"
         )
 
 
-def _physical_entry(elf: Elf64) -> int:
+def _place_segment(segment: ElfSegment, stream: BinaryIO) -> Placement:
+    data = b""
+    if segment.file_size:
+        stream.seek(segment.offset)
+        data = stream.read(segment.file_size)
+    return Placement(segment.physical_address, segment.physical_end, data)
+
+
+def _physical_entry(elf: Elf) -> int:
     for segment in elf.loadable:
         if segment.physical_address <= elf.entry < segment.physical_end:
             return elf.entry

@@ -6,11 +6,13 @@ stays free.
 """
 
 __all__ = [
+    "BOOT_BLOCK_ADDRESS",
     "BOOT_DATA_END",
     "BOOT_DATA_START",
     "BOOT_PARAMS_ADDRESS",
     "COMMAND_LINE_ADDRESS",
     "COMMAND_LINE_ROOM",
+    "DEVICE_SPACE_START",
     "FOUR_GIB",
     "GDT_ADDRESS",
     "LEGACY_HOLE_END",
@@ -27,6 +29,8 @@ FOUR_GIB = 1 << 32
 #: guest.
 LEGACY_HOLE_START = 0x9FC00
 LEGACY_HOLE_END = 0x100000
+#: From the IOAPIC up to 4 GiB: interrupt controllers and firmware, never RAM for the guest.
+DEVICE_SPACE_START = 0xFEC00000
 
 BOOT_DATA_START = 0x1000
 GDT_ADDRESS = 0x1000
@@ -40,3 +44,7 @@ COMMAND_LINE_ADDRESS = 0x20000
 #: Bytes for the command line, its terminating zero included.
 COMMAND_LINE_ROOM = 0x10000
 BOOT_DATA_END = COMMAND_LINE_ADDRESS + COMMAND_LINE_ROOM
+
+#: Where multiboot and PVH images find what they are told, unless they are loaded there themselves: a page of stack,
+#: then, at 0x9000 as in QEMU, the structures.
+BOOT_BLOCK_ADDRESS = 0x8000

@@ -1,4 +1,4 @@
-"""What Linux finds in memory at its 64-bit entry: boot_params, the command line and the initrd.
+"""What Linux finds in memory at its 32-bit or 64-bit entry: boot_params, the command line and the initrd.
 
 Sources: Documentation/arch/x86/boot.rst (fields, order of steps) and zero-page.rst (layout of ``struct
 boot_params``).
@@ -6,25 +6,37 @@ boot_params``).
 
 from __future__ import annotations
 
-import os
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from lasskvm.errors import ImageError
 from lasskvm.machine.boot.e820 import E820Map
+from lasskvm.machine.boot.entry import BOOT_CS, BOOT_DS, ProtectedModeEntry, flat_gdt
+from lasskvm.machine.boot.files import open_file, size_of
 from lasskvm.machine.boot.layout import (
+    BOOT_DATA_END,
+    BOOT_DATA_START,
     BOOT_PARAMS_ADDRESS,
     COMMAND_LINE_ADDRESS,
     COMMAND_LINE_ROOM,
     FOUR_GIB,
+    GDT_ADDRESS,
     LEGACY_HOLE_END,
     MIB,
+    STACK_TOP,
 )
-from lasskvm.machine.boot.setup_header import CMDLINE_SIZE, HEADER_START, LOADED_HIGH, SetupHeader
+from lasskvm.machine.boot.placement import Placement
+from lasskvm.machine.boot.setup_header import HEADER_START, LOADED_HIGH, SetupHeader
 from lasskvm.memory import PAGE_SIZE, GuestMemory
 
-__all__ = ["PROGRAM_STATUS_PORT", "Initrd", "load_initrd", "write_boot_params"]
+__all__ = [
+    "PROGRAM_STATUS_PORT",
+    "check_kernel_placement",
+    "place_boot_params",
+    "place_initrd",
+    "prepare_protected_mode",
+]
 
 #: One byte written to this I/O port ends the VM with exactly that exit status, 0 to 255. It lies behind the
 #: debug-exit ports 0xf4 to 0xf7, whose encoding ``(value << 1) | 1`` can express neither success nor a status
@@ -36,6 +48,7 @@ _LOADER_UNDEFINED = 0xFF
 
 # Offsets in struct boot_params (zero-page.rst)
 _BOOT_PARAMS_SIZE = 4096
+_ACPI_RSDP_ADDRESS = 0x070
 _EXT_RAMDISK_IMAGE = 0x0C0
 _EXT_RAMDISK_SIZE = 0x0C4
 _EXT_CMD_LINE_PTR = 0x0C8
@@ -45,44 +58,38 @@ _E820_TABLE = 0x2D0
 _MASK32 = (1 << 32) - 1
 
 
-@dataclass(frozen=True)
-class Initrd:
-    """Where the initrd lies: *size* bytes at *gpa*; both 0 when there is none."""
+def check_kernel_placement(image: Sequence[Placement]) -> None:
+    """Raise :class:`ImageError`, whose sentence goes on after the file's name, when *image* is loaded where boot data
+    lie."""
+    for part in image:
+        if part.start < BOOT_DATA_END and part.end > BOOT_DATA_START:
+            raise ImageError(
+                f"loads at {part.start:#x} to {part.end - 1:#x}, where the loader's own data lie; "
+                "link it to load at 1 MiB or above"
+            )
 
-    gpa: int = 0
-    size: int = 0
 
+def place_initrd(
+    source: Path | bytes | None, e820: E820Map, header: SetupHeader, kernel_end: int
+) -> Placement | None:
+    """Where the initrd, a file or its bytes, goes: as high as the kernel takes it, below 4 GiB. None without one.
 
-def load_initrd(
-    source: Path | bytes | None, memory: GuestMemory, e820: E820Map, header: SetupHeader, kernel_end: int
-) -> Initrd:
-    """Put the initrd, a file or its bytes, as high as the kernel takes it: below ``initrd_addr_max`` and 4
-    GiB.
-
-    *kernel_end* is the first gpa behind the kernel. Raises :class:`ImageError` when the file cannot be read
-    or there is no room.
+    *kernel_end* is the first gpa behind the memory that the kernel works in. Raises :class:`ImageError` when the file
+    cannot be read or there is no room.
     """
     if source is None:
-        return Initrd()
+        return None
     if isinstance(source, bytes):
         gpa = _initrd_address("the initrd", len(source), e820, header, kernel_end)
-        memory.write(gpa, source)
-        return Initrd(gpa, len(source))
-    try:
-        with source.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            gpa = _initrd_address(f"initrd {source}", size, e820, header, kernel_end)
-            data = stream.read(size)
-    except OSError as error:
-        raise ImageError(
-            f"initrd {source} cannot be read ({error.strerror}); give a readable file"
-        ) from error
-    memory.write(gpa, data)
-    return Initrd(gpa, len(data))
+        return Placement.of(gpa, source)
+    with open_file(source, "initrd") as stream:
+        size = size_of(stream)
+        gpa = _initrd_address(f"initrd {source}", size, e820, header, kernel_end)
+        return Placement.of(gpa, stream.read(size))
 
 
 def _initrd_address(name: str, size: int, e820: E820Map, header: SetupHeader, kernel_end: int) -> int:
-    highest = min(header["initrd_addr_max"] + 1, FOUR_GIB)
+    highest = min(header.initrd_limit, FOUR_GIB)
     for ram in reversed(e820.ram):
         gpa = (min(ram.end, highest) - size) & -PAGE_SIZE
         if gpa >= max(ram.start, kernel_end, LEGACY_HOLE_END):
@@ -93,37 +100,48 @@ def _initrd_address(name: str, size: int, e820: E820Map, header: SetupHeader, ke
     )
 
 
-def write_boot_params(
-    memory: GuestMemory, header: SetupHeader, e820: E820Map, command_line: str, initrd: Initrd
-) -> None:
-    """Write ``struct boot_params`` and the command line to their places in low memory.
+def place_boot_params(
+    header: SetupHeader,
+    e820: E820Map,
+    command_line: str,
+    initrd: Placement | None,
+    *,
+    code32_start: int = 0,
+    rsdp: int | None = None,
+) -> list[Placement]:
+    """``struct boot_params`` and the command line, in low memory.
 
-    Raises :class:`ImageError` when the command line is longer than the kernel takes or holds a zero byte.
+    *code32_start* is the 32-bit entry point for a kernel that is entered there, *rsdp* the gpa of the ACPI tables'
+    root; without it the kernel looks for them as on any PC. Raises :class:`ImageError` when the command line is longer
+    than the kernel takes or holds a zero byte.
     """
     text = _encode_command_line(command_line, header)
-    memory.write(COMMAND_LINE_ADDRESS, text)
+    initrd_gpa = 0 if initrd is None else initrd.start
+    initrd_size = 0 if initrd is None else len(initrd.data)
     filled = header.replace(
         type_of_loader=_LOADER_UNDEFINED,
         loadflags=header["loadflags"] | LOADED_HIGH,
+        code32_start=code32_start or header["code32_start"],
         cmd_line_ptr=COMMAND_LINE_ADDRESS,
-        ramdisk_image=initrd.gpa & _MASK32,
-        ramdisk_size=initrd.size & _MASK32,
+        ramdisk_image=initrd_gpa & _MASK32,
+        ramdisk_size=initrd_size & _MASK32,
         setup_data=0,
     )
     params = bytearray(_BOOT_PARAMS_SIZE)
-    struct.pack_into("<I", params, _EXT_RAMDISK_IMAGE, initrd.gpa >> 32)
-    struct.pack_into("<I", params, _EXT_RAMDISK_SIZE, initrd.size >> 32)
+    struct.pack_into("<Q", params, _ACPI_RSDP_ADDRESS, rsdp or 0)
+    struct.pack_into("<I", params, _EXT_RAMDISK_IMAGE, initrd_gpa >> 32)
+    struct.pack_into("<I", params, _EXT_RAMDISK_SIZE, initrd_size >> 32)
     struct.pack_into("<I", params, _EXT_CMD_LINE_PTR, COMMAND_LINE_ADDRESS >> 32)
     raw_header, table = filled.to_bytes(), e820.to_bytes()
     params[HEADER_START : HEADER_START + len(raw_header)] = raw_header
     params[_E820_ENTRIES] = len(e820.entries)
     params[_E820_TABLE : _E820_TABLE + len(table)] = table
-    memory.write(BOOT_PARAMS_ADDRESS, params)
+    return [Placement.of(COMMAND_LINE_ADDRESS, text), Placement.of(BOOT_PARAMS_ADDRESS, bytes(params))]
 
 
 def _encode_command_line(command_line: str, header: SetupHeader) -> bytes:
     text = command_line.encode("utf-8", "surrogateescape")
-    longest = min(header["cmdline_size"] or CMDLINE_SIZE, COMMAND_LINE_ROOM - 1)
+    longest = min(header.command_line_limit, COMMAND_LINE_ROOM - 1)
     if len(text) > longest:
         raise ImageError(
             f"the command line has {len(text)} bytes, this kernel takes at most {longest}; shorten it"
@@ -131,3 +149,22 @@ def _encode_command_line(command_line: str, header: SetupHeader) -> bytes:
     if b"\0" in text:
         raise ImageError("the command line holds a zero byte, which would end it there; remove it")
     return text + b"\0"
+
+
+def prepare_protected_mode(memory: GuestMemory, eip: int) -> ProtectedModeEntry:
+    """Write the GDT of the 32-bit boot protocol into *memory* for an entry at gpa *eip*; say how to enter.
+
+    CS is __BOOT_CS, the data segments are __BOOT_DS, ESI is at boot_params, the other registers are 0 but for ESP.
+    Raises :class:`~lasskvm.errors.MemoryLayoutError` when there is no memory below 640 KiB.
+    """
+    gdt = flat_gdt(BOOT_CS, BOOT_DS)
+    memory.write(GDT_ADDRESS, gdt)
+    return ProtectedModeEntry(
+        eip=eip,
+        esp=STACK_TOP,
+        esi=BOOT_PARAMS_ADDRESS,
+        gdt_base=GDT_ADDRESS,
+        gdt_limit=len(gdt) - 1,
+        code_selector=BOOT_CS,
+        data_selector=BOOT_DS,
+    )

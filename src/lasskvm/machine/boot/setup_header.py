@@ -28,8 +28,12 @@ LOADED_HIGH = 1 << 0
 #: xloadflags: the kernel has a 64-bit entry point (protocol 2.12).
 XLF_KERNEL_64 = 1 << 0
 
-#: ``payload_offset`` came with protocol 2.08, ``xloadflags`` with 2.12.
-VERSION_PAYLOAD = 0x208
+#: ``initrd_addr_max`` came with protocol 2.03, a ``syssize`` of four bytes with 2.04, ``cmdline_size`` with 2.06,
+#: ``pref_address`` with 2.10, ``xloadflags`` with 2.12.
+VERSION_INITRD_ADDR_MAX = 0x203
+VERSION_SYSSIZE = 0x204
+VERSION_CMDLINE_SIZE = 0x206
+VERSION_PREF_ADDRESS = 0x20A
 VERSION_XLOADFLAGS = 0x20C
 VERSION_NEWEST = 0x20F
 
@@ -37,6 +41,9 @@ VERSION_NEWEST = 0x20F
 #: header.
 CMDLINE_SIZE = 2047
 INITRD_ADDR_MAX = 0x7FFFFFFF
+#: What counts where the header is too old to say: the highest initrd byte, and the longest command line.
+OLD_INITRD_ADDR_MAX = 0x37FFFFFF
+OLD_CMDLINE_SIZE = 255
 
 _FIELDS = {
     "setup_sects": (0x1F1, "<B"),
@@ -47,6 +54,7 @@ _FIELDS = {
     "kernel_version": (0x20E, "<H"),
     "type_of_loader": (0x210, "<B"),
     "loadflags": (0x211, "<B"),
+    "code32_start": (0x214, "<I"),
     "ramdisk_image": (0x218, "<I"),
     "ramdisk_size": (0x21C, "<I"),
     "cmd_line_ptr": (0x228, "<I"),
@@ -106,6 +114,20 @@ class SetupHeader:
         """The value of field *name*."""
         offset, form = _FIELDS[name]
         return int(struct.unpack_from(form, self._data, offset - HEADER_START)[0])
+
+    @property
+    def initrd_limit(self) -> int:
+        """The first address that an initrd must not reach."""
+        if self["version"] < VERSION_INITRD_ADDR_MAX:
+            return OLD_INITRD_ADDR_MAX + 1
+        return self["initrd_addr_max"] + 1
+
+    @property
+    def command_line_limit(self) -> int:
+        """The most bytes that a command line may have, without its terminating zero."""
+        if self["version"] < VERSION_CMDLINE_SIZE:
+            return OLD_CMDLINE_SIZE
+        return self["cmdline_size"] or CMDLINE_SIZE
 
     def replace(self, **fields: int) -> SetupHeader:
         """A copy with some fields changed."""

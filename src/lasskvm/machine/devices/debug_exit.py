@@ -1,4 +1,4 @@
-"""The port a bare-metal guest ends its machine with: QEMU's isa-debug-exit with iobase 0xf4, iosize 4."""
+"""The port a bare-metal guest ends its machine with: QEMU's isa-debug-exit, usually with iobase 0xf4 and iosize 4."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ def exit_status(value: int) -> int:
 
 
 class DebugExit:
-    """The port. ``end`` is called with the exit status; only its low eight bits reach a shell."""
+    """The port. ``end`` is called with the exit status; only its low eight bits reach a shell.
 
-    ports = (range(PORT, PORT + PORT_COUNT),)
+    *iobase* and *iosize* say which I/O ports it takes.
+    """
+
     register_size = REGISTER_SIZE
-    __slots__ = ("_end",)
+    __slots__ = ("_end", "ports")
 
-    def __init__(self, end: Callable[[int], None]) -> None:
+    def __init__(
+        self, end: Callable[[int], None], iobase: int | None = None, iosize: int | None = None
+    ) -> None:
         self._end = end
+        first = PORT if iobase is None else iobase
+        self.ports = (range(first, first + (iosize or PORT_COUNT)),)
 
     def reset(self) -> None:
         """Do nothing: there is no state."""

@@ -1,0 +1,42 @@
+"""What a machine says of itself: to firmware by CMOS and fw_cfg, to kernels that are booted directly by ACPI tables.
+
+With firmware the tables reach the guest through the firmware, which finds them as fw_cfg files; without, they lie in
+the BIOS area, where kernels look for them.
+"""
+
+from __future__ import annotations
+
+from lasskvm.machine.acpi import BIOS_AREA_START, AcpiTables
+from lasskvm.machine.devices.cmos_map import describe_machine
+from lasskvm.machine.devices.fw_cfg_items import (
+    SERIAL_CONSOLE_FILE,
+    e820_file,
+    machine_items,
+    serial_console,
+)
+from lasskvm.machine.devices.uart16550 import COM1_PORT
+from lasskvm.machine.hardware import Hardware
+from lasskvm.memory import GuestMemory
+
+__all__ = ["describe", "place_acpi_tables"]
+
+_E820_FILE = "etc/e820"
+
+
+def describe(hardware: Hardware, low_memory: int, high_memory: int) -> None:
+    """Fill CMOS and fw_cfg of a machine with *low_memory* bytes from 0 and *high_memory* bytes from 4 GiB."""
+    describe_machine(hardware.rtc.cmos, low_memory, high_memory)
+    fw_cfg = hardware.fw_cfg
+    for key, data in machine_items(low_memory + high_memory).items():
+        fw_cfg.add_item(key, data)
+    fw_cfg.add_file(_E820_FILE, e820_file(low_memory, high_memory))
+    # There is no screen: what firmware would show on one goes to the serial port.
+    fw_cfg.add_file(SERIAL_CONSOLE_FILE, serial_console(COM1_PORT))
+    for name, data in AcpiTables().loader_files().items():
+        fw_cfg.add_file(name, data)
+
+
+def place_acpi_tables(memory: GuestMemory) -> int:
+    """Write the ACPI tables into the BIOS area of *memory*; the gpa of the RSDP."""
+    AcpiTables().place(memory, BIOS_AREA_START)
+    return BIOS_AREA_START
