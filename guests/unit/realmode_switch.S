@@ -8,6 +8,12 @@
 #define REAL_STACK 0x7000
 /* The registers to load and those that were found: struct real_registers in realmode.c. */
 #define REGISTERS 0x6000
+#define FOUND (REGISTERS + 32)
+#define FOUND_ESP (REGISTERS + 64)
+#define FOUND_VECTOR (REGISTERS + 72)
+#define FOUND_IP (REGISTERS + 76)
+#define NO_VECTOR 0xffffffff
+#define VECTORS 64
 #define EFER 0xc0000080
 #define EFER_LME 0x100
 #define CR0_PE 1
@@ -96,9 +102,63 @@ in_real:
 	movl	REGISTERS + 20, %edi
 	movl	REGISTERS + 24, %ebp
 	movl	REGISTERS, %eax
-	call	REAL_CODE - real_start + real_start - REAL_BASE + real_start - real_start
-	jmp	ended
-ended:
+	call	*LOW(code)
+	pushfl
+	popl	%cs:FOUND + 28
+	movl	%eax, %cs:FOUND
+	movl	$NO_VECTOR, %cs:FOUND_VECTOR
+	jmp	leave_real_mode
+
+	/* 32 entries of 16 bytes; real mode pushes no error codes. */
+	.balign 16
+stubs:
+	.set	vector, 0
+	.rept	VECTORS
+	.balign 16
+	pushw	$vector
+	jmp	interrupted
+	.set	vector, vector + 1
+	.endr
+
+interrupted:
+	movl	%eax, %cs:FOUND
+	popw	%cs:FOUND_VECTOR
+	movw	$0, %cs:FOUND_VECTOR + 2
+	popw	%cs:FOUND_IP
+	popw	%cs:FOUND_IP + 2
+	popw	%cs:FOUND + 28
+	movw	$0, %cs:FOUND + 30
+
+leave_real_mode:
+	movl	%ebx, %cs:FOUND + 4
+	movl	%ecx, %cs:FOUND + 8
+	movl	%edx, %cs:FOUND + 12
+	movl	%esi, %cs:FOUND + 16
+	movl	%edi, %cs:FOUND + 20
+	movl	%ebp, %cs:FOUND + 24
+	movl	%esp, %cs:FOUND_ESP
+	movw	%ds, %cs:FOUND_ESP + 4
+	movw	%es, %cs:FOUND_ESP + 6
+	cli
+	cld
+	movl	$EFER, %ecx
+	rdmsr
+	orl	$EFER_LME, %eax
+	wrmsr
+	movl	%cr0, %eax
+	orl	$CR0_PG | CR0_PE, %eax
+	movl	%eax, %cr0
+	ljmpl	$KERNEL_CS, $back_in_long_mode
+
+	.balign 4
+code:
+	.word	REAL_CODE
+vectors_pointer:
+	.word	VECTORS * 4 - 1
+	.long	0
+real_end:
+	.globl	real_stubs
+	.set	real_stubs, LOW(stubs)
 
 	.code64
 	.section .note.GNU-stack, "", @progbits

@@ -8,7 +8,10 @@ from typing import Any
 
 LassKvm = Callable[..., Any]
 
-OFFERED = {"pcid", "invpcid", "umip", "fsgsbase", "rdpid", "lass", "smap", "smep"}
+OFFERED = {
+    "pcid", "invpcid", "umip", "fsgsbase", "rdpid", "lass", "smap", "smep", "apic", "x2apic", "tsc_adjust",
+    "tsc_deadline_timer", "arat", "xsave", "xsaveopt",
+}  # fmt: skip
 KEYS = {"pku", "ospke"}
 
 
@@ -19,14 +22,24 @@ def flags(lasskvm: LassKvm, busybox: Path, *options: str) -> set[str]:
 
 
 def test_linux_shows_what_is_offered(lasskvm: LassKvm, busybox: Path) -> None:
-    shown = flags(lasskvm, busybox)
-    assert shown >= OFFERED
-    assert not shown & KEYS
+    assert flags(lasskvm, busybox) >= OFFERED | KEYS
 
 
 def test_linux_uses_pcids_with_page_table_isolation(lasskvm: LassKvm, busybox: Path) -> None:
     assert flags(lasskvm, busybox, "--append", "pti=on") >= OFFERED | {"pti"}
 
 
-def test_linux_shows_protection_keys_on_request(lasskvm: LassKvm, busybox: Path) -> None:
-    assert flags(lasskvm, busybox, "--cpu", "max,+pku") >= OFFERED | KEYS
+def test_linux_does_without_protection_keys(lasskvm: LassKvm, busybox: Path) -> None:
+    shown = flags(lasskvm, busybox, "--cpu", "max,-pku")
+    assert shown >= OFFERED
+    assert not shown & KEYS
+
+
+def test_linux_takes_the_model_amd_for_a_processor_of_amd(lasskvm: LassKvm, busybox: Path) -> None:
+    program = (busybox, "grep", "-E", "-m", "2", "^vendor|^flags", "/proc/cpuinfo")
+    run = lasskvm("-q", "--cpu", "amd", "--", *program)
+    assert run.status == 0
+    words = run.console.split()
+    assert "AuthenticAMD" in words
+    assert "lass" not in words
+    assert set(words) >= OFFERED - {"lass"}

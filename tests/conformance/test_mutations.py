@@ -32,6 +32,7 @@ from lasskvm.emulator.linearize import linear_address, linearize
 from lasskvm.emulator.mmu import check_linear, translate
 from lasskvm.emulator.tlb import Tlb
 from lasskvm.lass import is_lass_violation
+from lasskvm.x86.address import untag
 
 pytestmark = pytest.mark.slow
 
@@ -178,8 +179,8 @@ def _compiled(function: Callable[..., object], definition: ast.FunctionDef) -> C
 
 #: Names that become 0 in a mutant: flags of accesses, and what the rule is asked with.
 DROPPED = (
-    "WRITE", "FETCH", "IMPLICIT", "STACK", "_NAMED_ONLY", "address", "size", "flags", "cpl", "rflags", "cr4", "efer",
-    "user", "fetch", "implicit",
+    "WRITE", "FETCH", "IMPLICIT", "STACK", "_NAMED_ONLY", "_NOT_MASKED", "address", "size", "flags", "cpl", "rflags",
+    "cr3", "cr4", "efer", "user", "fetch", "implicit",
 )  # fmt: skip
 #: Mutants that nobody can tell from the original, by the reason.
 EQUIVALENT_FOR = {
@@ -200,8 +201,19 @@ EQUIVALENT_FOR = {
         "check_linear: if state[EFER] & EFER_LMA == 1:",
     ),
     "an access that begins in the hole has its first page asked about by itself, too": (
-        "check_linear: if is_canonical(0, bits) and is_canonical(last, bits) and (not is_lass_violation(address, size, "
-        "flags, cpl, state[CR4], state[EFER], rflags)):",
+        "check_linear: if is_canonical(untagged(state, 0, flags), bits) and is_canonical(untagged(state, last, flags), "
+        "bits) and (not is_lass_violation(address, size, flags, cpl, state[CR4], state[EFER], rflags)):",
+    ),
+    "a tagged address that is not to be masked is not canonical at either end": (
+        "check_linear: if is_canonical(untagged(state, address, 0), bits) and is_canonical(untagged(state, last, flags)"
+        ", bits) and (not is_lass_violation(address, size, flags, cpl, state[CR4], state[EFER], rflags)):",
+        "check_linear: if is_canonical(untagged(state, address, flags), bits) and is_canonical(untagged(state, last, 0)"
+        ", bits) and (not is_lass_violation(address, size, flags, cpl, state[CR4], state[EFER], rflags)):",
+    ),
+    "that LAM is off altogether is asked first for the sake of speed": (
+        "untag: if cr3 & _CR3_LAM | cr4 & CR4_LAM_SUP == 1 or flags & _NOT_MASKED != 0:",
+        "untag: if cr3 | _CR3_LAM | cr4 & CR4_LAM_SUP == 0 or flags & _NOT_MASKED != 0:",
+        "untag: if cr3 & _CR3_LAM | (cr4 | CR4_LAM_SUP) == 0 or flags & _NOT_MASKED != 0:",
     ),
     "the whole of an access has been asked about before; what lies within a page lies on one side": (
         "translate: vector = check_linear(state, address, 0, flags, cpl, rflags)",
@@ -235,7 +247,7 @@ EQUIVALENT_FOR = {
     ),
 }
 EQUIVALENT = {name for names in EQUIVALENT_FOR.values() for name in names}
-FUNCTIONS = (is_lass_violation, check_linear, translate, linearize, linear_address, Tlb.select)
+FUNCTIONS = (is_lass_violation, untag, check_linear, translate, linearize, linear_address, Tlb.select)
 
 RUNS = [run for run in plan(all_cases()) if run.variant in (Variant.LASS, Variant.OFF)]
 TIMEOUT = 1.0
@@ -312,6 +324,9 @@ COMPILED = {
     "the_fill_takes_implicit_accesses_for_user_mode_ones": (
         "engine/fill.py", "                flags |= IMPLICIT\n        elif", "                flags |= 0\n        elif",
         "implicit and lass",
+    ),
+    "masking_takes_user_pointers_for_supervisor_ones": (
+        "x86/address.py", "if address >> 63 != 0:", "if address >> 63 == 0:", "lam and user",
     ),
     "the_rule_forgets_that_ac_does_not_help_fetches": (
         "lass.py", "(all_upper == 0) & (fetch | (smap_applies != 0))", "(all_upper == 0) & (smap_applies != 0)",

@@ -280,7 +280,7 @@ SET_PKRU = "xor ecx, ecx; xor edx, edx; wrpkru; "
 
 @pytest.fixture(scope="module")
 def guest_with_keys() -> Guest:
-    return Guest("max,+pku")
+    return Guest("max")
 
 
 @pytest.fixture
@@ -392,7 +392,8 @@ def test_pkru_instructions_fault_as_the_manual_says(keys: Guest) -> None:
         assert keys.execute(source).vector == UD
 
 
-def test_without_pku_in_cpuid_cr4_pke_is_reserved(guest: Guest) -> None:
+def test_without_pku_in_cpuid_cr4_pke_is_reserved() -> None:
+    guest = Guest("max,-pku")
     outcome = guest.execute("mov rax, cr4; bts rax, 22; fault: mov cr4, rax")
     assert (outcome.vector, outcome.error_code, outcome.label) == (GP, 0, "fault")
     assert guest.execute("rdpkru").vector == UD

@@ -39,9 +39,12 @@ from lasskvm.state import CR3, CR4, DR6, Segment
 from lasskvm.x86.address import untag
 from lasskvm.x86.cpu_models import parse_cpu
 from lasskvm.x86.cpuid import FEATURES, CpuidEntry
+from lasskvm.x86.descriptors import make_segment
 from lasskvm.x86.exceptions import DB, GP, PF, PF_U, PF_W
 from lasskvm.x86.paging import PTE_G, PTE_U
 from lasskvm.x86.registers import (
+    AR_DATA,
+    AR_DPL_SHIFT,
     AR_LDT,
     CR3_LAM_U48,
     CR3_LAM_U57,
@@ -50,6 +53,7 @@ from lasskvm.x86.registers import (
     CR4_LASS,
     CR4_PCIDE,
     DR6_B0,
+    MASK32,
     RFLAGS_AC,
 )
 
@@ -66,6 +70,7 @@ HOLE = 0xD000_0000
 RETURN_1 = assemble("mov eax, 1; ret", 0).code
 #: Below the split, but above what LAM_U48 leaves of a pointer: with 5-level paging an address of its own.
 ALIAS = 0x00FF_0000_0000_0000
+OTHER_BASE = 0x123000
 #: DR7: breakpoint 0 on accesses of 8 bytes.
 WATCH_0 = 1 << 1 | 3 << 16 | 2 << 18
 
@@ -271,21 +276,23 @@ def test_an_address_is_code_of_one_page_and_data_of_another(masking57: Guest) ->
 @pytest.mark.parametrize("cpl", [0, 3])
 @pytest.mark.parametrize("rflags", [0, RFLAGS_AC])
 def test_an_ldt_is_not_masked_where_data_at_its_address_is(masking57: Guest, cpl: int, rflags: int) -> None:
-    """An LDT below the split, at an address that LAM_U48 makes another one of."""
+    """An LDT below the split, at an address that LAM_U48 makes another one of: there lies another descriptor."""
     guest = masking57
     guest.cr4 &= ~CR4_LASS
     place = ALIAS | LOW_ABSENT
+    descriptor = make_segment(OTHER_BASE, MASK32, AR_DATA | 3 << AR_DPL_SHIFT)
     guest.tables.map(place, layout.LDT_GPA)
     guest.tables.map(LOW_ABSENT, LOW_USER_PAGE, PTE_U if cpl or rflags else 0)
-    guest.memory.store(LOW_USER_PAGE + (LDT_DATA & ~7), 8, 0)
+    guest.memory.store(LOW_USER_PAGE + (LDT_DATA & ~7), 8, descriptor)
     guest.sregs["ldt"] = Segment(layout.LDT_SELECTOR, place, layout.LDT_BYTES - 1, AR_LDT)
-    read = "mov r8, [rbx]; lar ecx, eax; sete r10l; "
     outcome = guest.execute(
-        f"{read}mov fs, eax; add r9, r8; {read}mov gs, eax; add r9, r8",
-        cpl=cpl, rflags=rflags, rax=LDT_DATA, rbx=place + (LDT_DATA & ~7), r9=5,
+        "mov r8, [rbx]; mov fs, eax; mov r9, [rbx]; mov gs, eax; mov r10, [rbx]",
+        cpl=cpl, rflags=rflags, rax=LDT_DATA, rbx=place + (LDT_DATA & ~7),
     )  # fmt: skip
     assert outcome.completed, str(outcome)
-    assert (outcome.registers.r9, outcome.registers.r10 & 1) == (5, 1)
+    assert {outcome.registers.r8, outcome.registers.r9, outcome.registers.r10} == {descriptor}
+    sregs = guest.vcpu.get_sregs()
+    assert (sregs.fs.selector, sregs.fs.base, sregs.gs.selector, sregs.gs.base) == (LDT_DATA, 0, LDT_DATA, 0)
 
 
 # ------------------------------------------------------------------------------------------------ faults and traps

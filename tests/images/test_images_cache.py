@@ -22,6 +22,9 @@ MANIFEST = Manifest(
 )
 
 
+FIRMWARE = replace(MANIFEST, name="seabios", version="1.17.0-1", packages={"seabios": "1.17.0-1"})
+
+
 def quiet(line: str) -> None:
     """Progress that nobody looks at."""
 
@@ -35,6 +38,15 @@ def install(cache: ImageCache, manifest: Manifest = MANIFEST, kernel: bytes = b"
         return cache.install(folder, manifest)
 
 
+def install_files(cache: ImageCache, manifest: Manifest, files: dict[str, bytes]) -> Image:
+    with cache.staging(quiet) as staging:
+        folder = staging / "image"
+        folder.mkdir()
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        return cache.install(folder, manifest)
+
+
 def files_below(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} - {"lock"}
 
@@ -43,15 +55,42 @@ def test_an_installed_image_is_listed_and_intact(tmp_path: Path) -> None:
     cache = ImageCache(tmp_path)
     image = install(cache)
     assert cache.images() == [image]
-    assert image.kernel.read_bytes() == b"kernel"
+    assert image.path.read_bytes() == b"kernel"
     assert image.busybox is not None
     assert image.busybox.read_bytes() == b"busybox"
     assert image.is_intact()
 
 
+def test_a_firmware_is_an_image_without_a_kernel(tmp_path: Path) -> None:
+    cache = ImageCache(tmp_path)
+    image = install_files(cache, FIRMWARE, {"firmware.rom": b"rom"})
+    assert (image.kernel, image.busybox, image.firmware) == (None, None, image.path)
+    assert image.path.read_bytes() == b"rom"
+    assert resolve("seabios", cache) == image
+    assert image.is_intact()
+    image.path.write_bytes(b"ram")
+    assert not image.is_intact()
+
+
+def test_a_kernel_needs_no_busybox(tmp_path: Path) -> None:
+    cache = ImageCache(tmp_path)
+    image = install_files(cache, replace(FIRMWARE, name="memtest86+"), {"vmlinuz": b"kernel"})
+    assert (image.kernel, image.busybox, image.firmware) == (image.path, None, None)
+    assert resolve("memtest86+", cache) == image
+
+
+@pytest.mark.parametrize("files", [{"busybox": b""}, {"vmlinuz": b"", "firmware.rom": b""}, {}])
+def test_a_folder_with_nothing_or_too_much_to_start_counts_as_not_pulled(
+    tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    cache = ImageCache(tmp_path)
+    install_files(cache, FIRMWARE, files)
+    assert cache.images() == []
+
+
 def test_the_manifest_has_the_sha_256_of_every_file(tmp_path: Path) -> None:
     image = install(ImageCache(tmp_path))
-    stored = json.loads((image.kernel.parent / "manifest.json").read_text())
+    stored = json.loads((image.path.parent / "manifest.json").read_text())
     contents = {"vmlinuz": b"kernel", "busybox": b"busybox"}
     assert stored["sha256"] == {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     assert stored["version"] == "7.2.0-cloud-amd64"
@@ -60,7 +99,7 @@ def test_the_manifest_has_the_sha_256_of_every_file(tmp_path: Path) -> None:
 
 def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     image = install(ImageCache(tmp_path))
-    image.kernel.write_bytes(b"kernel!")
+    image.path.write_bytes(b"kernel!")
     assert not image.is_intact()
 
 
@@ -69,7 +108,7 @@ def test_a_second_pull_of_a_version_replaces_the_first(tmp_path: Path) -> None:
     first = install(cache)
     second = install(cache, kernel=b"kernel of the next package revision")
     assert cache.images() == [second]
-    assert not first.kernel.exists()
+    assert not first.path.exists()
 
 
 def test_the_image_pulled_last_is_the_one_its_name_means(tmp_path: Path) -> None:
@@ -92,7 +131,8 @@ def test_a_kernel_file_resolves_to_itself(tmp_path: Path) -> None:
 
 
 def test_neither_a_file_nor_an_image_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="there is no file fedora, nor an image of that name"):
+    sentence = r"there is no file fedora, nor an image of that name; give a kernel file or debian, seabios, memtest86\+"
+    with pytest.raises(ImageError, match=sentence):
         resolve("fedora", ImageCache(tmp_path))
 
 
@@ -102,13 +142,13 @@ def test_neither_a_file_nor_an_image_name_is_refused(tmp_path: Path) -> None:
 def test_an_image_with_a_damaged_manifest_counts_as_not_pulled(tmp_path: Path, text: str) -> None:
     cache = ImageCache(tmp_path)
     image = install(cache)
-    (image.kernel.parent / "manifest.json").write_text(text)
+    (image.path.parent / "manifest.json").write_text(text)
     assert cache.images() == []
 
 
 def test_an_image_with_a_missing_file_counts_as_not_pulled(tmp_path: Path) -> None:
     cache = ImageCache(tmp_path)
-    install(cache).kernel.unlink()
+    install(cache).path.unlink()
     assert cache.images() == []
 
 
@@ -167,7 +207,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     image = install(cache)
     stale = tmp_path / ".staging-killed"
     stale.mkdir()
-    image.kernel.parent.rename(stale / "image")
+    image.path.parent.rename(stale / "image")
     assert cache.images() == []
     install(cache)
     assert not stale.exists()

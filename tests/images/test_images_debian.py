@@ -99,7 +99,7 @@ def test_a_pull_gets_the_newest_kernel_and_busybox(host: Path, tmp_path: Path) -
     cache, steps = ImageCache(tmp_path / "cache"), []
     image = pull_debian(cache, progress=steps.append)
     assert image.version == "7.2.13+deb14-cloud-amd64"
-    assert image.kernel.read_bytes() == make_kernel()
+    assert image.path.read_bytes() == make_kernel()
     assert image.busybox is not None
     assert image.busybox.read_bytes() == b"busybox"
     assert image.manifest is not None
@@ -273,7 +273,7 @@ def test_a_real_pull_gives_a_kernel_that_loads(tmp_path: Path) -> None:
     assert image.is_intact()
     memory = GuestMemory()
     memory.set_slot(0, 0, mmap.mmap(-1, 256 << 20))
-    loaded = load_image(image.kernel, memory, command_line="console=ttyS0")
+    loaded = load_image(image.path, memory, command_line="console=ttyS0")
     assert loaded.format == "bzImage"
     assert loaded.version.startswith(image.version)
     assert tuple(map(int, image.version.split("+")[0].split(".")[:2])) >= MINIMUM_KERNEL

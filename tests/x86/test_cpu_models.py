@@ -50,7 +50,7 @@ def test_not_offered(name: str) -> None:
     ("without", "gone"),
     [
         ("apic", {"x2apic", "arat", "tsc_deadline_timer"}),
-        ("tsc", {"rdtscp", "nonstop_tsc", "tsc_adjust", "tsc_deadline_timer", "kvmclock", "kvmclock2"}),
+        ("tsc", {"rdtscp", "tsc_adjust", "tsc_deadline_timer", "kvmclock", "kvmclock2"}),
         ("xsave", {"xsaveopt", "xgetbv1"}),
         ("sse", {"xsave", "xsaveopt"}),
         ("hypervisor", {"kvmclock", "kvmclock2", "kvmclock_stable_bit", "kvm_nopiodelay"}),

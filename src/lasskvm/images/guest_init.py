@@ -45,7 +45,12 @@ trap : INT QUIT
 /{helper} $?
 /bin/busybox poweroff -f
 """
-_PREPARE_SHELL = "/bin/busybox --install -s /bin\n"
+#: What the shell reads first. There are no services that an init would have to stop before these.
+_SHELL_FUNCTIONS = "etc/shell"
+_AT_ONCE = "".join(
+    f'{command}() {{ /bin/busybox {command} -f "$@"; }}\n' for command in ("halt", "poweroff", "reboot")
+)
+_PREPARE_SHELL = f"export ENV=/{_SHELL_FUNCTIONS}\n/bin/busybox --install -s /bin\n"
 _SHELL_COMMAND = "/bin/sh"
 
 
@@ -64,7 +69,9 @@ def program_initramfs(busybox: bytes, program: Path, args: Sequence[str] = ()) -
 
 def shell_initramfs(busybox: bytes) -> bytes:
     """An initramfs that gives an interactive shell on the console; the guest ends when the shell does."""
-    return _base(busybox, prepare=_PREPARE_SHELL, command=_SHELL_COMMAND).build()
+    initramfs = _base(busybox, prepare=_PREPARE_SHELL, command=_SHELL_COMMAND)
+    initramfs.add_file(_SHELL_FUNCTIONS, _AT_ONCE.encode())
+    return initramfs.build()
 
 
 def _base(busybox: bytes, *, prepare: str, command: str) -> Initramfs:

@@ -25,8 +25,8 @@ class _Program:
 
 _PROGRAMS = {
     SEABIOS: _Program(
-        # The build of 128 KiB, which needs no chipset to lie below 1 MiB as a whole.
-        Wanted("seabios", re.compile(r"\./usr/share/seabios/bios\.bin"), FIRMWARE_FILE),
+        # The build that QEMU's PC starts with.
+        Wanted("seabios", re.compile(r"\./usr/share/seabios/bios-256k\.bin"), FIRMWARE_FILE),
         load_firmware,
     ),
     MEMTEST: _Program(

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from lasskvm.kvm.exits import Exit
+from lasskvm.kvm.iobus import DeviceState
 from lasskvm.kvm.irqchip.routing import Route
 from lasskvm.kvm.structures import (
     DebugRegs,
@@ -81,16 +82,16 @@ class VmInterface(Protocol):
     def signal_msi(self, address: int, data: int) -> bool:
         """``KVM_SIGNAL_MSI``: whether a vCPU has taken the message."""
 
-    def get_irqchip(self) -> Any:
+    def get_irqchip(self) -> DeviceState:
         """``KVM_GET_IRQCHIP`` of all the VM's interrupt chips, as :meth:`set_irqchip` of the same provider takes it."""
 
-    def set_irqchip(self, state: Any) -> None:
+    def set_irqchip(self, state: DeviceState) -> None:
         """``KVM_SET_IRQCHIP``."""
 
-    def get_pit2(self) -> Any:
+    def get_pit2(self) -> DeviceState:
         """``KVM_GET_PIT2``, as :meth:`set_pit2` of the same provider takes it."""
 
-    def set_pit2(self, state: Any) -> None:
+    def set_pit2(self, state: DeviceState) -> None:
         """``KVM_SET_PIT2``."""
 
     def set_msr_filter(self, ranges: Sequence[MsrFilterRange], *, default_allow: bool = True) -> None:

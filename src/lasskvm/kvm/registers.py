@@ -6,7 +6,6 @@ import errno
 from typing import Any
 
 from lasskvm import state as s
-from lasskvm.emulator import msr_checks
 from lasskvm.emulator.control import is_legal_cr3, load_pdptes
 from lasskvm.kvm.structures import DescriptorTable, Regs, Sregs, Sregs2
 from lasskvm.memory import GuestMemory
@@ -38,7 +37,7 @@ __all__ = ["get_regs", "get_sregs", "get_sregs2", "set_regs", "set_sregs", "set_
 
 _SEGMENT_FIELDS = {"cs": CS, "ds": DS, "es": ES, "fs": FS, "gs": GS, "ss": SS, "tr": TR, "ldt": LDTR}
 _CONTROL_FIELDS = {
-    "cr0": s.CR0, "cr2": s.CR2, "cr3": s.CR3, "cr4": s.CR4, "cr8": s.CR8, "efer": s.EFER, "apic_base": s.APIC_BASE,
+    "cr0": s.CR0, "cr2": s.CR2, "cr3": s.CR3, "cr4": s.CR4, "cr8": s.CR8, "efer": s.EFER,
 }  # fmt: skip
 _REGS_WORDS = 18
 _PDPTES = 4
@@ -59,6 +58,7 @@ def _fields_of(state: VcpuState) -> dict[str, Any]:
     words = state.words
     fields: dict[str, Any] = {name: state.segment(number) for name, number in _SEGMENT_FIELDS.items()}
     fields |= {name: words[index] for name, index in _CONTROL_FIELDS.items()}
+    fields["apic_base"] = words[s.APIC_BASE]
     fields["gdt"] = DescriptorTable(words[s.GDT_BASE], words[s.GDT_LIMIT])
     fields["idt"] = DescriptorTable(words[s.IDT_BASE], words[s.IDT_LIMIT])
     return fields
@@ -136,8 +136,6 @@ def _check(words: Words, sregs: Sregs, ioctl: str) -> None:
             raise _refusal(ioctl, f"CR3 {sregs.cr3:#x} has bits beyond the physical address width")
     elif efer & EFER_LMA or sregs.cs.attributes & AR_L:
         raise _refusal(ioctl, "EFER.LMA and CS.L take paging with EFER.LME")
-    if not msr_checks.apic_base(words, sregs.apic_base):
-        raise _refusal(ioctl, f"APIC base {sregs.apic_base:#x} has reserved bits")
 
 
 def _refusal(ioctl: str, reason: str) -> OSError:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from lasskvm.emulator import msr_checks
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.mmio import Mmio
 from lasskvm.kvm.iobus import DeviceState
@@ -14,7 +16,7 @@ from lasskvm.kvm.paravirt import ParavirtClock, emulate_hypercall
 from lasskvm.memory import PAGE_SHIFT
 from lasskvm.state import APIC_BASE, Words
 from lasskvm.x86.cpuid import CpuidTable
-from lasskvm.x86.msr import APIC_BASE_ENABLE, APIC_BASE_X2APIC, MSR_IA32_APIC_BASE
+from lasskvm.x86.msr import APIC_BASE_ENABLE, MSR_IA32_APIC_BASE, MSR_IA32_TSC_DEADLINE
 
 if TYPE_CHECKING:
     from lasskvm.kvm.vm import Vm
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["VcpuDevices"]
 
 _X2APIC_MSRS = range(0x800, 0x900)
-_MSR_IA32_TSC_DEADLINE = 0x6E0
-_XAPIC_MODE = APIC_BASE_ENABLE | APIC_BASE_X2APIC
 
 
 class VcpuDevices:
@@ -44,8 +44,7 @@ class VcpuDevices:
         if self.lapic is not None:
             self.lapic.has_x2apic = cpuid.has("x2apic")
             self.lapic.has_tsc_deadline = cpuid.has("tsc_deadline_timer")
-            if not cpuid.has("apic"):
-                self._words[APIC_BASE] &= ~APIC_BASE_ENABLE
+        self._disable_apic_unless_offered()
 
     def attach(self, ctx: Emulation) -> None:
         """Answer for MSRs, addresses and hypercalls in *ctx*."""
@@ -64,7 +63,7 @@ class VcpuDevices:
             lapic.write_base,
             partial(lapic.write_base, host_initiated=True),
         )
-        msrs.attach(_MSR_IA32_TSC_DEADLINE, lapic.read_tsc_deadline, lapic.write_tsc_deadline)
+        msrs.attach(MSR_IA32_TSC_DEADLINE, lapic.read_tsc_deadline, lapic.write_tsc_deadline)
         for index in _X2APIC_MSRS:
             msrs.attach(index, partial(lapic.read_msr, index), partial(lapic.write_msr, index))
 
@@ -73,9 +72,19 @@ class VcpuDevices:
             self.lapic.tsc_changed()
         self.paravirt_clock.republish()
 
-    def registers_changed(self) -> None:
-        """CR8 and the APIC base have been set from without."""
-        if self.lapic is not None:
+    def check_apic_base(self, value: int, ioctl: str) -> None:
+        """OSError with EINVAL when IA32_APIC_BASE cannot hold *value*."""
+        lapic = self.lapic
+        valid = msr_checks.apic_base(self._words, value) if lapic is None else lapic.is_valid_base(value)
+        if not valid:
+            raise OSError(errno.EINVAL, f"{ioctl}: APIC base {value:#x} has reserved bits")
+
+    def set_apic_base(self, value: int) -> None:
+        """Set what :meth:`check_apic_base` has found right. CR8 has been set from without, too."""
+        if self.lapic is None:
+            self._words[APIC_BASE] = value
+        else:
+            self.lapic.write_base(value, host_initiated=True)
             self.lapic.cr8_written()
 
     def reset(self) -> None:
@@ -83,6 +92,11 @@ class VcpuDevices:
         if self.lapic is not None:
             self.lapic.reset()
         self.paravirt_clock.reset()
+        self._disable_apic_unless_offered()
+
+    def _disable_apic_unless_offered(self) -> None:
+        if not self.paravirt_clock.cpuid.has("apic"):
+            self._words[APIC_BASE] &= ~APIC_BASE_ENABLE
 
     def get_state(self) -> DeviceState:
         """For snapshots."""
@@ -98,8 +112,8 @@ class VcpuDevices:
         self.paravirt_clock.set_state(state["paravirt_clock"])
 
     def _is_lapic(self, gpa: int) -> bool:
-        base = self._words[APIC_BASE]
-        return base & _XAPIC_MODE == APIC_BASE_ENABLE and (gpa ^ base) >> PAGE_SHIFT == 0
+        # In other modes than xAPIC nothing is there, which it says itself.
+        return (gpa ^ self._words[APIC_BASE]) >> PAGE_SHIFT == 0
 
     def _read_mmio(self, gpa: int, size: int) -> int | None:
         if self.lapic is not None and self._is_lapic(gpa):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["ExtendedRegisters"]
 
 _BREAKPOINTS = 4
-_XCR0_X87, _XCR0_SSE = 1 << 0, 1 << 1
+_XCR0_X87 = 1 << 0
 
 
 class ExtendedRegisters:
@@ -57,7 +57,7 @@ class ExtendedRegisters:
 
     def set_xcrs(self, values: Mapping[int, int]) -> None:
         """``KVM_SET_XCRS``; OSError with EINVAL for other registers than XCR0, and for what CPUID does not offer."""
-        supported = _XCR0_X87 | self.cpuid.word(LEAF_XSAVE, 0, EAX) & _XCR0_SSE
+        supported = _XCR0_X87 | self.cpuid.word(LEAF_XSAVE, 0, EAX)
         for index, value in values.items():
             if index or value & ~supported or not value & _XCR0_X87:
                 raise OSError(

@@ -188,8 +188,9 @@ class StatefulVcpu(ExtendedRegisters):
 
     def set_sregs(self, sregs: Sregs) -> None:
         """``KVM_SET_SREGS``; OSError with EINVAL for what the guest's CPUID does not allow, or contradicts itself."""
+        self.devices.check_apic_base(sregs.apic_base, "KVM_SET_SREGS")
         registers.set_sregs(self.state, self.vm.memory, sregs)
-        self.devices.registers_changed()
+        self.devices.set_apic_base(sregs.apic_base)
 
     def get_sregs2(self) -> Sregs2:
         """``KVM_GET_SREGS2``."""
@@ -197,8 +198,9 @@ class StatefulVcpu(ExtendedRegisters):
 
     def set_sregs2(self, sregs: Sregs2) -> None:
         """``KVM_SET_SREGS2``; EINVAL as with :meth:`set_sregs`, and for PDPTEs where there are none."""
+        self.devices.check_apic_base(sregs.apic_base, "KVM_SET_SREGS2")
         registers.set_sregs2(self.state, self.vm.memory, sregs)
-        self.devices.registers_changed()
+        self.devices.set_apic_base(sregs.apic_base)
 
     def get_msr(self, index: int) -> int:
         """``KVM_GET_MSRS`` of one register; OSError with EINVAL when there is none of that index."""

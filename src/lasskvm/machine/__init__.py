@@ -1,1 +1,1 @@
-"""TODO."""
+"""A PC around a VM: memory layout, devices, firmware interfaces, boot loaders, console."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from lasskvm.machine.acpi import BIOS_AREA_START, AcpiTables
 from lasskvm.machine.devices.cmos_map import describe_machine
 from lasskvm.machine.devices.fw_cfg_items import (
+    E820_FILE,
     SERIAL_CONSOLE_FILE,
     e820_file,
     machine_items,
@@ -20,8 +21,6 @@ from lasskvm.memory import GuestMemory
 
 __all__ = ["describe", "place_acpi_tables"]
 
-_E820_FILE = "etc/e820"
-
 
 def describe(hardware: Hardware, low_memory: int, high_memory: int) -> None:
     """Fill CMOS and fw_cfg of a machine with *low_memory* bytes from 0 and *high_memory* bytes from 4 GiB."""
@@ -29,7 +28,7 @@ def describe(hardware: Hardware, low_memory: int, high_memory: int) -> None:
     fw_cfg = hardware.fw_cfg
     for key, data in machine_items(low_memory + high_memory).items():
         fw_cfg.add_item(key, data)
-    fw_cfg.add_file(_E820_FILE, e820_file(low_memory, high_memory))
+    fw_cfg.add_file(E820_FILE, e820_file(low_memory, high_memory))
     # There is no screen: what firmware would show on one goes to the serial port.
     fw_cfg.add_file(SERIAL_CONSOLE_FILE, serial_console(COM1_PORT))
     for name, data in AcpiTables().loader_files().items():

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lasskvm.errors import ImageError
-from lasskvm.machine.boot import LoadedImage, load_image
+from lasskvm.machine.boot import BootProtocol, LoadedImage, ProtectedModeEntry, load_image
 from lasskvm.machine.boot.decompress import MAX_VMLINUX_SIZE, decompress
 from lasskvm.memory import GuestMemory
 
@@ -49,19 +49,92 @@ def test_the_version_string_is_that_of_the_header(tmp_path: Path) -> None:
     assert load(tmp_path, image)[0].version == "6.1.0 (x@y) #1[31m"
 
 
-def test_a_32_bit_only_kernel_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"without a 64-bit entry point; use an x86-64 kernel"):
-        load(tmp_path, make_bzimage(COMPRESSIONS["gzip"](VMLINUX), xloadflags=0))
+@pytest.mark.parametrize(
+    "options", [{"xloadflags": 0}, {"version": 0x20B}, {"version": 0x207}], ids=["2.15", "2.11", "2.07"]
+)
+def test_an_image_with_neither_a_64_bit_kernel_nor_a_32_bit_entry_is_refused(
+    tmp_path: Path, options: dict[str, int]
+) -> None:
+    image = make_bzimage(COMPRESSIONS["gzip"](VMLINUX), **options)  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match=r"with neither a 64-bit Linux kernel nor a 32-bit entry .* BIOS"):
+        load(tmp_path, image)
 
 
-def test_a_kernel_from_before_xloadflags_is_refused_as_32_bit_only(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="without a 64-bit entry point"):
-        load(tmp_path, make_bzimage(COMPRESSIONS["gzip"](VMLINUX), version=0x20B))
+CODE32 = bytes(range(1, 65)) + b"protected-mode code"
 
 
-def test_a_kernel_from_before_payload_offset_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"boot protocol 2\.07, and 2\.08 or newer is needed"):
-        load(tmp_path, make_bzimage(COMPRESSIONS["gzip"](VMLINUX), version=0x207))
+def make_code32(**options: int) -> bytes:
+    """An image in the format of a bzImage that has no Linux inside, only 32-bit code."""
+    defaults = {"xloadflags": 0, "code32_start": 0x100000, "version": 0x20C}
+    return make_bzimage(CODE32, **defaults | options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"version": 0x203}, {"pref_address": 0x100000, "init_size": 0x8000}])
+def test_an_image_without_linux_inside_is_entered_by_the_32_bit_protocol(
+    tmp_path: Path, options: dict[str, int]
+) -> None:
+    loaded, memory = load(tmp_path, make_code32(**options))
+    assert loaded.protocol is BootProtocol.LINUX32
+    assert memory.read(0x100000 + 64, len(CODE32)) == CODE32
+    assert isinstance(loaded.entry, ProtectedModeEntry)
+    assert (loaded.entry.eip, loaded.entry.code_selector, loaded.entry.data_selector) == (
+        0x100000,
+        0x10,
+        0x18,
+    )
+    params = memory.read(loaded.entry.esi, 4096)
+    assert struct.unpack_from("<I", params, 0x214) == (0x100000,)
+    assert params[0x202:0x206] == b"HdrS"
+    assert (loaded.entry.eax, loaded.entry.ebx) == (0, 0)
+
+
+def test_a_relocatable_image_lies_where_it_would_like_to_and_is_told_so(tmp_path: Path) -> None:
+    image = make_code32(relocatable=1, pref_address=0x200000, init_size=0x10000)
+    loaded, memory = load(tmp_path, image)
+    assert isinstance(loaded.entry, ProtectedModeEntry)
+    assert (loaded.start, loaded.entry.eip) == (0x200000, 0x200000)
+    assert struct.unpack_from("<I", memory.read(loaded.entry.esi, 4096), 0x214) == (0x200000,)
+
+
+def test_an_initrd_stays_out_of_the_memory_that_32_bit_code_works_in(tmp_path: Path) -> None:
+    path = tmp_path / "kernel"
+    path.write_bytes(make_code32(pref_address=0x100000, init_size=0x2FF000))
+    memory = make_memory()
+    assert load_image(path, memory, initrd=bytes(0x1000)).initrd.gpa == 0x3FF000
+    with pytest.raises(ImageError, match="does not fit beside the kernel"):
+        load_image(path, memory, initrd=bytes(0x1001))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"syssize": 0x1000}, "is a truncated bzImage: it has 147 bytes of code and says 65536"),
+        (
+            {"pref_address": 0x100000, "init_size": 0x400000},
+            "at 0x100000 to 0x4fffff, which is not all guest RAM",
+        ),
+        ({"pref_address": 0xB8000, "init_size": 0x10}, "at 0xb8000 to 0xb800f, which is not all guest RAM"),
+        ({"pref_address": 1 << 40, "init_size": 0x10, "relocatable": 1}, "beyond the first 4 GiB"),
+        ({"code32_start": 0x300000}, "its entry point at 0x300000 is outside its code"),
+    ],
+)
+def test_32_bit_code_that_cannot_run_is_refused(
+    tmp_path: Path, options: dict[str, int], sentence: str
+) -> None:
+    with pytest.raises(ImageError) as caught:
+        load(tmp_path, make_code32(**options))
+    assert sentence in str(caught.value)
+
+
+def test_a_linux_with_both_entries_is_entered_in_64_bit_mode_unless_the_other_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "kernel"
+    path.write_bytes(make_bzimage(COMPRESSIONS["zstd"](VMLINUX), code32_start=0x100000))
+    assert load_image(path, make_memory()).protocol is BootProtocol.LINUX64
+    loaded = load_image(path, make_memory(), boot_protocol=BootProtocol.LINUX32)
+    assert isinstance(loaded.entry, ProtectedModeEntry)
+    assert loaded.entry.eip == 0x100000
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -110,7 +183,8 @@ def test_flipped_header_bits_give_an_image_error_or_a_loaded_kernel(
         image[offset] ^= 1 << bit
     with suppress(ImageError):
         loaded, memory = load(tmp_path, bytes(image))
-        assert memory.read(loaded.start, len(TEXT)) == TEXT
+        if loaded.protocol is BootProtocol.LINUX64:
+            assert memory.read(loaded.start, len(TEXT)) == TEXT
 
 
 @settings(deadline=None)

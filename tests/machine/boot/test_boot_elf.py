@@ -1,4 +1,4 @@
-"""64-bit ELF kernels are loaded by physical address and checked against memory."""
+"""ELF kernels of both classes are loaded by physical address and checked against memory."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from boot_builders import EM_AARCH64, ET_DYN, ET_REL, MIB, Load, make_elf, make_memory
+from boot_builders import EM_AARCH64, ET_DYN, ET_REL, MIB, Load, make_elf, make_elf32, make_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lasskvm.errors import ImageError
-from lasskvm.machine.boot import LoadedImage, load_image
+from lasskvm.machine.boot import BootProtocol, LoadedImage, ProtectedModeEntry, load_image
 from lasskvm.memory import GuestMemory
 
 CODE = b"\xf4" * 64
 KERNEL = make_elf(Load(0x100000, CODE), Load(0x200000, b"data", memory_size=0x2000))
+KERNEL32 = make_elf32(Load(0x100000, CODE), Load(0x200000, b"data", memory_size=0x2000))
 
 
 def load(tmp_path: Path, image: bytes, memory: GuestMemory | None = None) -> LoadedImage:
@@ -74,13 +75,15 @@ def test_a_physical_entry_point_is_taken_as_it_is(tmp_path: Path) -> None:
         (make_elf(Load(0x100000, CODE), kind=ET_DYN), "ET_DYN, not an executable at a fixed address"),
         (make_elf(Load(0x100000, CODE), kind=ET_REL), "ET_REL, not an executable at a fixed address"),
         (make_elf(Load(0x100000, CODE), machine=EM_AARCH64), "for another machine (AARCH64)"),
-        (make_elf(Load(0x100000, CODE), elf_class=1), "32-bit ELF file, which is not supported yet"),
-        (
-            make_elf(Load(0x100000, struct.pack("<I", 0x1BADB002)), elf_class=1),
-            "multiboot kernel, which is not supported yet",
-        ),
-        (b"#!/bin/sh\n", "neither a bzImage nor an ELF file"),
-        (struct.pack("<I", 0x1BADB002) + bytes(64), "multiboot kernel, which is not supported yet"),
+        (make_elf(Load(0x100000, CODE), elf_class=1), "32-bit ELF file for another machine (X86_64)"),
+        (make_elf(Load(0x100000, CODE), elf_class=3), "not a little-endian ELF file of 32 or 64 bits"),
+        (make_elf32(Load(0x100000, CODE), Load(0x10003F, CODE)), "overlap at physical address 0x10003f"),
+        (make_elf32(Load(0x100000, CODE, memory_size=8)), "larger in the file than in memory"),
+        (make_elf32(Load(0xFFFFFFF0, CODE), entry=0xFFFFFFF0), "beyond the first 4 GiB"),
+        (make_elf32(Load(0x100000, CODE), entry=0x300000), "entry point at 0x300000, outside all"),
+        (make_elf32(Load(0x7000, CODE), entry=0x7000), "where the loader's own data lie"),
+        (make_elf32(Load(0x100000, CODE), kind=ET_DYN), "ET_DYN, not an executable at a fixed address"),
+        (b"#!/bin/sh\n", "neither a bzImage nor an ELF file nor a multiboot kernel"),
         (b"", "is empty"),
     ],
 )
@@ -106,15 +109,47 @@ def test_segments_may_touch_and_span_two_slots(tmp_path: Path) -> None:
     assert memory.read(0x1FFFF0, 128) == CODE * 2
 
 
-def test_a_64_bit_kernel_with_a_multiboot_header_is_entered_as_64_bit(tmp_path: Path) -> None:
+def test_a_64_bit_kernel_with_the_multiboot_magic_but_no_checksum_is_entered_as_64_bit(
+    tmp_path: Path,
+) -> None:
     image = make_elf(Load(0x100000, struct.pack("<I", 0x1BADB002) + CODE), entry=0x100004)
     assert load(tmp_path, image).entry.rip == 0x100004
 
 
-def test_every_prefix_of_a_kernel_is_refused(tmp_path: Path) -> None:
-    for length in range(len(KERNEL)):
+def test_a_32_bit_kernel_without_any_header_is_entered_as_a_32_bit_linux_is(tmp_path: Path) -> None:
+    memory = make_memory()
+    high = 0xC0000000
+    image = make_elf32(
+        Load(0x180000, CODE, virtual=high), Load(0x200000, b"data", memory_size=9), entry=high + 4
+    )
+    loaded = load(tmp_path, image, memory)
+    assert (loaded.format, loaded.protocol) == ("ELF", BootProtocol.LINUX32)
+    assert memory.read(0x180000, len(CODE)) == CODE
+    assert memory.read(0x200000, 9) == b"data" + bytes(5)
+    assert isinstance(loaded.entry, ProtectedModeEntry)
+    assert loaded.entry.eip == 0x180004
+    assert memory.read(loaded.entry.esi + 0x202, 4) == b"HdrS"
+
+
+@pytest.mark.parametrize("kernel", [KERNEL, KERNEL32], ids=["64", "32"])
+def test_every_prefix_of_a_kernel_is_refused(tmp_path: Path, kernel: bytes) -> None:
+    for length in range(len(kernel)):
         with pytest.raises(ImageError):
-            load(tmp_path, KERNEL[:length])
+            load(tmp_path, kernel[:length])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(flips=st.lists(st.tuples(st.integers(5, 52 + 2 * 32 - 1), st.integers(0, 7)), min_size=1, max_size=6))
+def test_flipped_header_bits_of_a_32_bit_kernel_give_an_image_error_or_a_loaded_kernel(
+    tmp_path: Path, flips: list[tuple[int, int]]
+) -> None:
+    image = bytearray(KERNEL32)
+    for offset, bit in flips:
+        image[offset] ^= 1 << bit
+    with suppress(ImageError):
+        loaded = load(tmp_path, bytes(image))
+        assert isinstance(loaded.entry, ProtectedModeEntry)
+        assert loaded.start <= loaded.entry.eip < loaded.end
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

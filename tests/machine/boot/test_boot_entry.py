@@ -8,14 +8,27 @@ from pathlib import Path
 
 import pytest
 import unicorn
-from boot_builders import MIB, Load, make_elf, make_memory
+from boot_builders import MIB, Load, Registers, make_elf, make_memory
 from unicorn import x86_const as uc
 
-from lasskvm.machine.boot import LongModeEntry, load_image
+from lasskvm.machine.boot import LongModeEntry, ProtectedModeEntry, ResetVectorEntry, load_image
 from lasskvm.memory import GuestMemory
-from lasskvm.x86.registers import AR_L, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, RFLAGS_IF
+from lasskvm.state import CR0, RDX, RFLAGS, RIP, VcpuState
+from lasskvm.x86.registers import (
+    AR_DB,
+    AR_L,
+    CR0_ET,
+    CR0_PE,
+    CR0_PG,
+    CR4_PAE,
+    EFER_LMA,
+    EFER_LME,
+    RFLAGS_IF,
+)
 
 MSR_EFER = 0xC0000080
+#: The segment registers of ``struct kvm_sregs``, by the numbers of :mod:`lasskvm.x86.registers`.
+SEGMENT_NUMBERS = {"es": 0, "cs": 1, "ss": 2, "ds": 3, "fs": 4, "gs": 5, "ldt": 6, "tr": 7}
 
 #: Takes the e820 count from boot_params into EAX and the word on the stack into RBX, pushes, then loads CS
 #: and SS from the GDT with a far return.
@@ -38,7 +51,9 @@ def loaded_entry(tmp_path: Path) -> tuple[LongModeEntry, GuestMemory]:
     path = tmp_path / "kernel"
     path.write_bytes(make_elf(Load(KERNEL_BASE, KERNEL_CODE)))
     memory = make_memory()
-    return load_image(path, memory).entry, memory
+    entry = load_image(path, memory).entry
+    assert isinstance(entry, LongModeEntry)
+    return entry, memory
 
 
 def test_a_bare_kernel_runs_from_its_entry(tmp_path: Path) -> None:
@@ -103,3 +118,49 @@ def test_the_first_4_gib_are_mapped_one_to_one(tmp_path: Path, address: int) -> 
 def test_nothing_else_is_mapped(tmp_path: Path, address: int) -> None:
     entry, memory = loaded_entry(tmp_path)
     assert walk(memory, entry.cr3, address) is None
+
+
+def test_applying_a_64_bit_entry_sets_all_it_names_and_clears_the_other_registers(tmp_path: Path) -> None:
+    entry, _ = loaded_entry(tmp_path)
+    vcpu = Registers()
+    entry.apply(vcpu)  # type: ignore[arg-type]
+    regs, sregs = vcpu.regs, vcpu.sregs
+    assert (regs.rip, regs.rsp, regs.rsi, regs.rflags) == (KERNEL_BASE, entry.rsp, entry.rsi, 2)
+    assert regs.rax == regs.rbx == regs.rdi == regs.r15 == 0
+    assert (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) == (entry.cr0, entry.cr3, entry.cr4, entry.efer)
+    assert (sregs.gdt.base, sregs.gdt.limit) == (entry.gdt_base, entry.gdt_limit)
+    assert sregs.idt.limit == sregs.cr2 == sregs.cr8 == 0
+    assert sregs.cs == entry.code_segment
+    assert sregs.ds == sregs.es == sregs.ss == sregs.fs == sregs.gs == entry.data_segment
+    assert sregs.apic_base == 0xFEE00900
+
+
+def test_applying_a_32_bit_entry_leaves_long_mode_and_paging() -> None:
+    entry = ProtectedModeEntry(eip=0x400000, esp=0x9000, gdt_base=0x9000, gdt_limit=23, eax=1, ebx=2, esi=3)
+    vcpu = Registers()
+    entry.apply(vcpu)  # type: ignore[arg-type]
+    regs, sregs = vcpu.regs, vcpu.sregs
+    assert (regs.rip, regs.rsp, regs.rax, regs.rbx, regs.rsi) == (0x400000, 0x9000, 1, 2, 3)
+    assert regs.rcx == regs.rdx == regs.rdi == regs.rbp == 0
+    assert (sregs.cr0 & ~CR0_ET, sregs.cr3, sregs.cr4, sregs.efer) == (CR0_PE, 0, 0, 0)
+    assert (sregs.cs.selector, sregs.cs.base, sregs.cs.limit) == (8, 0, 0xFFFFFFFF)
+    assert sregs.cs.attributes & (AR_L | AR_DB) == AR_DB
+    assert (sregs.ss.selector, sregs.ss.base, sregs.ss.limit) == (16, 0, 0xFFFFFFFF)
+    assert (sregs.gdt.base, sregs.gdt.limit) == (0x9000, 23)
+
+
+def test_applying_the_reset_vector_gives_the_state_after_power_on() -> None:
+    vcpu = Registers()
+    ResetVectorEntry().apply(vcpu)  # type: ignore[arg-type]
+    state = VcpuState()
+    assert vcpu.regs.rip == state.words[RIP] == 0xFFF0
+    assert vcpu.regs.rdx == state.words[RDX]
+    assert vcpu.regs.rflags == state.words[RFLAGS]
+    assert vcpu.regs.rax == vcpu.regs.rsp == 0
+    sregs = vcpu.sregs
+    assert sregs.cr0 == state.words[CR0]
+    assert sregs.cr3 == sregs.cr4 == sregs.efer == 0
+    for name, number in SEGMENT_NUMBERS.items():
+        assert getattr(sregs, name) == state.segment(number), name
+    assert sregs.cs.base == 0xFFFF0000
+    assert sregs.gdt.limit == sregs.idt.limit == 0xFFFF

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lasskvm.errors import ImageError, MemoryLayoutError
-from lasskvm.machine.boot import E820Map, LoadedImage, load_image
-from lasskvm.machine.boot.e820 import E820Type
+from lasskvm.machine.boot import E820Entry, E820Map, E820Type, LoadedImage, Module, load_image
 from lasskvm.memory import SLOT_READONLY, GuestMemory
 
 VMLINUX = make_elf(Load(0x100000, b"\xf4" * 64))
@@ -130,6 +129,43 @@ def test_no_initrd_is_said_as_no_address_and_no_size(tmp_path: Path) -> None:
     assert (u32(params, 0x218), u32(params, 0x21C)) == (0, 0)
 
 
+def test_the_place_of_the_acpi_tables_is_handed_on(tmp_path: Path) -> None:
+    memory = make_memory()
+    params = boot_params(memory, load(tmp_path, memory, rsdp=0xE1230))
+    assert struct.unpack_from("<Q", params, 0x070) == (0xE1230,)
+    params = boot_params(memory, load(tmp_path, memory))
+    assert struct.unpack_from("<Q", params, 0x070) == (0,)
+
+
+def test_modules_are_refused_in_favour_of_an_initrd(tmp_path: Path) -> None:
+    memory = make_memory()
+    with pytest.raises(ImageError, match="is started as Linux is, which knows no modules; give it an initrd"):
+        load(tmp_path, memory, modules=[Module(tmp_path / "kernel")])
+    assert memory.read(0, 4 * MIB) == bytes(4 * MIB)
+
+
+@pytest.mark.parametrize("options", [{"command_line": "x" * 3000}, {"initrd": bytes(5 * MIB)}])
+def test_what_is_refused_behind_the_kernel_leaves_memory_alone(
+    tmp_path: Path, options: dict[str, object]
+) -> None:
+    memory = make_memory()
+    with pytest.raises(ImageError):
+        load(tmp_path, memory, **options)
+    assert memory.read(0, 4 * MIB) == bytes(4 * MIB)
+
+
+def test_loading_again_gives_the_same_whatever_the_guest_did(tmp_path: Path) -> None:
+    memory = make_memory()
+    options = {"command_line": "quiet", "initrd": b"initrd"}
+    first = load(tmp_path, memory, **options)
+    places = [(0x9000, 0x6000), (0x7000, 4096), (0x20000, 6), (0x100000, 64), (first.initrd.gpa, 6)]
+    before = [memory.read(gpa, size) for gpa, size in places]
+    memory.write(0x1000, b"\xaa" * 0x80000)
+    memory.write(0x100000, b"\xaa" * 0x300000)
+    assert load(tmp_path, memory, **options) == first
+    assert [memory.read(gpa, size) for gpa, size in places] == before
+
+
 def test_the_e820_map_reserves_the_legacy_hole(tmp_path: Path) -> None:
     memory = make_memory(4 * MIB)
     params = boot_params(memory, load(tmp_path, memory))
@@ -158,6 +194,30 @@ def test_a_read_only_slot_is_reserved() -> None:
     memory.set_slot(9, 0xFFFE0000, mmap.mmap(-1, 0x20000), SLOT_READONLY)
     last = E820Map.of_memory(memory).entries[-1]
     assert (last.start, last.end, last.type) == (0xFFFE0000, 1 << 32, E820Type.RESERVED)
+
+
+def test_the_machine_can_reserve_parts_of_ram() -> None:
+    reserved = [
+        E820Entry(0x3F0000, 0x3F8000, E820Type.ACPI),
+        E820Entry(0x3F8000, 0x400000, E820Type.NVS),
+        E820Entry(0xE0000, 0xF0000, E820Type.RESERVED),
+    ]
+    entries = [
+        (entry.start, entry.end, entry.type) for entry in E820Map.of_memory(make_memory(), reserved).entries
+    ]
+    assert entries == [
+        (0, 0x9FC00, 1),
+        (0x9FC00, 0x100000, 2),
+        (0x100000, 0x3F0000, 1),
+        (0x3F0000, 0x3F8000, 3),
+        (0x3F8000, 0x400000, 4),
+    ]
+
+
+def test_a_slot_among_the_interrupt_controllers_is_never_ram() -> None:
+    e820 = E820Map.of_memory(make_memory(4 * MIB, (0xFF000000, 0x10000)))
+    assert (e820.entries[-1].start, e820.entries[-1].type) == (0xFF000000, E820Type.RESERVED)
+    assert e820.ram_size == 4 * MIB - 0x60400
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=8), st.data())

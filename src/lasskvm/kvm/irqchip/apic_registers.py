@@ -9,7 +9,7 @@ Source: Intel SDM volume 3A, table 11-1 (xAPIC addresses), table 11-6 (x2APIC MS
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 
 from lasskvm.kvm.irqchip.messages import DeliveryMode
 from lasskvm.x86.msr import APIC_BASE_ENABLE, APIC_BASE_X2APIC
@@ -22,7 +22,6 @@ __all__ = [
     "REGISTERS",
     "REGISTER_STEP",
     "STORED_REGISTERS",
-    "Access",
     "Register",
     "Shorthand",
     "delivery_mode",
@@ -153,13 +152,8 @@ LVT_LINT0_RESET = DeliveryMode.EXTINT << DELIVERY_MODE_SHIFT
 DIVIDE_BITS = 0b1011
 
 
-class Access(IntFlag):
-    """Whether software may read and write a register; a value of 0 is a register that is not there."""
-
-    NONE = 0
-    READ = 1
-    WRITE = 2
-    BOTH = 3
+# Whether software may read and write a register; without either it is not there. Plain integers, for speed.
+ABSENT, READ, WRITE, READ_WRITE = range(4)
 
 
 class Shorthand(IntEnum):
@@ -173,14 +167,14 @@ class Shorthand(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """One register: *mmio* is what xAPIC mode allows, *msr* what x2APIC mode does.
+    """One register: *mmio* is what xAPIC mode allows, *msr* what x2APIC mode does; ``READ``, ``WRITE`` or both.
 
     *bits* are those that software can set. In xAPIC mode it may write any other, without effect; in x2APIC mode
     only the *ignored* ones, and a further one is #GP(0) (11.12.1.3).
     """
 
-    mmio: Access
-    msr: Access
+    mmio: int
+    msr: int
     bits: int = MASK32
     ignored: int = 0
 
@@ -191,42 +185,42 @@ _LVT_TIMER_BITS = _LVT_BITS | LVT_TIMER_PERIODIC | LVT_TIMER_TSC_DEADLINE
 
 
 def _lvt(bits: int, read_only: int = DELIVERY_PENDING) -> Register:
-    return Register(Access.BOTH, Access.BOTH, bits, read_only)
+    return Register(READ_WRITE, READ_WRITE, bits, read_only)
 
 
 #: Every register by its offset.
 REGISTERS = {
-    ID: Register(Access.BOTH, Access.READ, XAPIC_ID_BITS),
-    VERSION: Register(Access.READ, Access.READ),
-    TPR: Register(Access.BOTH, Access.BOTH, VECTOR_MASK),
-    APR: Register(Access.READ, Access.NONE),
-    PPR: Register(Access.READ, Access.READ),
-    EOI: Register(Access.WRITE, Access.WRITE, 0),
-    LDR: Register(Access.BOTH, Access.READ, XAPIC_ID_BITS),
-    DFR: Register(Access.BOTH, Access.NONE, DFR_MODEL),
-    SPIV: Register(Access.BOTH, Access.BOTH, VECTOR_MASK | SPIV_ENABLE | SPIV_FOCUS_DISABLED),
+    ID: Register(READ_WRITE, READ, XAPIC_ID_BITS),
+    VERSION: Register(READ, READ),
+    TPR: Register(READ_WRITE, READ_WRITE, VECTOR_MASK),
+    APR: Register(READ, ABSENT),
+    PPR: Register(READ, READ),
+    EOI: Register(WRITE, WRITE, 0),
+    LDR: Register(READ_WRITE, READ, XAPIC_ID_BITS),
+    DFR: Register(READ_WRITE, ABSENT, DFR_MODEL),
+    SPIV: Register(READ_WRITE, READ_WRITE, VECTOR_MASK | SPIV_ENABLE | SPIV_FOCUS_DISABLED),
     **{
-        first + REGISTER_STEP * number: Register(Access.READ, Access.READ)
+        first + REGISTER_STEP * number: Register(READ, READ)
         for first in (ISR, TMR, IRR)
         for number in range(VECTORS // VECTORS_PER_REGISTER)
     },
-    ESR: Register(Access.BOTH, Access.BOTH, 0),
+    ESR: Register(READ_WRITE, READ_WRITE, 0),
     # KVM's kvm_x2apic_icr_write: the delivery status is not among the bits that fault.
-    ICR: Register(Access.BOTH, Access.BOTH, ICR_BITS, DELIVERY_PENDING),
-    ICR2: Register(Access.BOTH, Access.NONE, XAPIC_ID_BITS),
+    ICR: Register(READ_WRITE, READ_WRITE, ICR_BITS, DELIVERY_PENDING),
+    ICR2: Register(READ_WRITE, ABSENT, XAPIC_ID_BITS),
     LVT_TIMER: _lvt(_LVT_TIMER_BITS),
     LVT_THERMAL: _lvt(_LVT_BITS | DELIVERY_MODE_BITS),
     LVT_PERFORMANCE: _lvt(_LVT_BITS | DELIVERY_MODE_BITS),
     LVT_LINT0: _lvt(_LVT_LINT_BITS, DELIVERY_PENDING | LVT_REMOTE_IRR),
     LVT_LINT1: _lvt(_LVT_LINT_BITS, DELIVERY_PENDING | LVT_REMOTE_IRR),
     LVT_ERROR: _lvt(_LVT_BITS),
-    INITIAL_COUNT: Register(Access.BOTH, Access.BOTH),
-    CURRENT_COUNT: Register(Access.READ, Access.READ),
-    DIVIDE_CONFIGURATION: Register(Access.BOTH, Access.BOTH, DIVIDE_BITS),
-    SELF_IPI: Register(Access.NONE, Access.WRITE, VECTOR_MASK),
+    INITIAL_COUNT: Register(READ_WRITE, READ_WRITE),
+    CURRENT_COUNT: Register(READ, READ),
+    DIVIDE_CONFIGURATION: Register(READ_WRITE, READ_WRITE, DIVIDE_BITS),
+    SELF_IPI: Register(ABSENT, WRITE, VECTOR_MASK),
 }
 #: What stands for every other offset.
-NO_REGISTER = Register(Access.NONE, Access.NONE)
+NO_REGISTER = Register(ABSENT, ABSENT)
 
 #: The registers that are nothing but the bits last written, with their names in a saved state.
 STORED_REGISTERS = {
@@ -246,9 +240,12 @@ STORED_REGISTERS = {
 }
 
 
+_DELIVERY_MODES = tuple(DeliveryMode)
+
+
 def delivery_mode(command: int) -> DeliveryMode:
     """The delivery mode that an ICR or an entry of the local vector table asks for (11.5.1, 11.6.1)."""
-    return DeliveryMode(command >> DELIVERY_MODE_SHIFT & DELIVERY_MODE_MASK)
+    return _DELIVERY_MODES[command >> DELIVERY_MODE_SHIFT & DELIVERY_MODE_MASK]
 
 
 def x2apic_logical_id(apic_id: int) -> int:

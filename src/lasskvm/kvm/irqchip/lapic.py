@@ -18,7 +18,7 @@ from lasskvm.emulator.faults import general_protection
 from lasskvm.kvm.clock import Clock
 from lasskvm.kvm.iobus import DeviceState
 from lasskvm.kvm.irqchip import apic_registers as apic
-from lasskvm.kvm.irqchip.apic_registers import NO_REGISTER, REGISTERS, Access, Shorthand
+from lasskvm.kvm.irqchip.apic_registers import NO_REGISTER, REGISTERS, Shorthand
 from lasskvm.kvm.irqchip.lapic_state import APIC_ID, ApicState
 from lasskvm.kvm.irqchip.lapic_timer import ApicTimer
 from lasskvm.kvm.irqchip.messages import DeliveryMode, InterruptMessage
@@ -108,15 +108,19 @@ class LocalApic:
         """
         if value == self._words[APIC_BASE]:
             return
-        checked = value & ~APIC_BASE_X2APIC if self.has_x2apic else value
-        before, after = self._state.mode, value & apic.MODE_BITS
-        if not msr_checks.apic_base(self._words, checked) or after == apic.MODE_INVALID:
+        if not self.is_valid_base(value):
             raise general_protection()
+        before, after = self._state.mode, value & apic.MODE_BITS
         if not host_initiated and (before, after) in _FORBIDDEN_TRANSITIONS:
             raise general_protection()
         self._state.set_base(value)
         self._announce_base()
         self._events.kick()
+
+    def is_valid_base(self, value: int) -> bool:
+        """Whether IA32_APIC_BASE can hold *value*, whatever it holds now."""
+        checked = value & ~APIC_BASE_X2APIC if self.has_x2apic else value
+        return msr_checks.apic_base(self._words, checked) and value & apic.MODE_BITS != apic.MODE_INVALID
 
     def cr8_written(self) -> None:
         """The guest has moved to CR8, which clears the rest of TPR (11.8.6). KVM: ``kvm_lapic_set_tpr``."""
@@ -204,9 +208,9 @@ class LocalApic:
             return 0
         offset = gpa & _OFFSET_MASK & ~_BYTE_IN_STEP
         register = REGISTERS.get(offset, NO_REGISTER)
-        if register.mmio & Access.READ:
+        if register.mmio & apic.READ:
             return self._state.read(offset) >> 8 * first_byte & all_ones
-        if register.mmio == Access.NONE:
+        if register.mmio == apic.ABSENT:
             self._log_error(apic.ESR_ILLEGAL_REGISTER)
         return 0
 
@@ -216,9 +220,9 @@ class LocalApic:
             return
         offset = gpa & _OFFSET_MASK
         register = REGISTERS.get(offset, NO_REGISTER)
-        if register.mmio & Access.WRITE:
+        if register.mmio & apic.WRITE:
             self._write(offset, value & self._settable(offset))
-        elif register.mmio == Access.NONE:
+        elif register.mmio == apic.ABSENT:
             self._log_error(apic.ESR_ILLEGAL_REGISTER)
 
     def read_msr(self, msr: int) -> int:
@@ -227,7 +231,7 @@ class LocalApic:
         KVM: ``kvm_x2apic_msr_read``.
         """
         offset = (msr - MSR_IA32_X2APIC_FIRST) * apic.REGISTER_STEP
-        if self._state.mode != apic.MODE_X2APIC or not REGISTERS.get(offset, NO_REGISTER).msr & Access.READ:
+        if self._state.mode != apic.MODE_X2APIC or not REGISTERS.get(offset, NO_REGISTER).msr & apic.READ:
             raise general_protection()
         if offset == apic.ICR:
             return (
@@ -242,7 +246,7 @@ class LocalApic:
         """
         offset = (msr - MSR_IA32_X2APIC_FIRST) * apic.REGISTER_STEP
         register = REGISTERS.get(offset, NO_REGISTER)
-        if self._state.mode != apic.MODE_X2APIC or not register.msr & Access.WRITE:
+        if self._state.mode != apic.MODE_X2APIC or not register.msr & apic.WRITE:
             raise general_protection()
         low = value & MASK32 if offset == apic.ICR else value
         if low & ~(self._settable(offset) | register.ignored):

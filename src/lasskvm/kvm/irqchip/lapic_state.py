@@ -10,7 +10,7 @@ from struct import pack_into, unpack_from
 
 from lasskvm.kvm.iobus import DeviceState
 from lasskvm.kvm.irqchip import apic_registers as apic
-from lasskvm.kvm.irqchip.apic_registers import REGISTERS, STORED_REGISTERS, Access
+from lasskvm.kvm.irqchip.apic_registers import REGISTERS, STORED_REGISTERS
 from lasskvm.kvm.irqchip.lapic_timer import ApicTimer, TimerMode
 from lasskvm.kvm.irqchip.lapic_vectors import VECTOR_REGISTERS, VectorQueue
 from lasskvm.state import APIC_BASE, Words
@@ -132,7 +132,7 @@ class ApicState:
         """The first KiB of the APIC page as xAPIC mode has it. KVM: ``kvm_apic_get_state``."""
         page = bytearray(apic.KVM_LAPIC_STATE_SIZE)
         for offset, register in REGISTERS.items():
-            if register.mmio & Access.READ:
+            if register.mmio & apic.READ:
                 pack_into("<I", page, offset, self.stored.get(offset, self.read(offset)))
         return bytes(page)
 

@@ -60,6 +60,7 @@ class VectorQueue:
 
     @tpr.setter
     def tpr(self, value: int) -> None:
+        """Set it, CR8 with it."""
         self._words[CR8] = (value & PRIORITY_CLASS_MASK) >> PRIORITY_CLASS_SHIFT
         #: What CR8 does not show of it, bits 3:0.
         self.tpr_subclass = value & SUBCLASS_MASK

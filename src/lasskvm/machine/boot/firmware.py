@@ -1,8 +1,9 @@
 """Firmware: a ROM that the processor starts in by itself, after power-on at the reset vector.
 
-The ROM is mapped read-only so that it ends at 4 GiB, and a copy of its end lies below 1 MiB, where its real-mode code
-runs. On a PC that copy is made by the chipset, read-only until the firmware opens it through the PCI host bridge;
-there is no such bridge here, so the copy is plain RAM, as on QEMU's ISA-only PC.
+The ROM is mapped read-only so that it ends at 4 GiB, and a copy of its last 128 KiB lies below 1 MiB, where its
+real-mode code runs. On a PC the chipset shows the ROM there, until the firmware has it replaced by RAM through the PCI
+host bridge and copies what it needs of itself. There is no such bridge here, so the copy is plain RAM from the start,
+as on QEMU's ISA-only PC; and a BIOS of up to 256 KiB, which would copy the rest of itself, is there as a whole.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ __all__ = ["load_firmware", "place_firmware", "shadow_firmware"]
 _UNIT = 64 << 10
 _SMALLEST = _UNIT
 _LARGEST = 16 * MIB
-#: The most that is copied below 1 MiB.
+#: What is copied below 1 MiB, and the largest ROM that is copied as a whole.
 _SHADOW_SIZE = 128 << 10
+_LARGEST_BIOS = 256 << 10
 
 
 def load_firmware(path: Path) -> bytes:
@@ -55,5 +57,5 @@ def place_firmware(vm: VmInterface, rom: bytes, first_free_slot: int) -> int:
 
 def shadow_firmware(memory: GuestMemory, rom: bytes) -> None:
     """Copy the end of *rom* below 1 MiB: once when it is placed, and again at every reset, as a chipset would."""
-    shadow = rom[-_SHADOW_SIZE:]
+    shadow = rom if len(rom) <= _LARGEST_BIOS else rom[-_SHADOW_SIZE:]
     memory.write(LEGACY_HOLE_END - len(shadow), shadow)
