@@ -25,7 +25,7 @@ _MEMORY_BAR = 400.0
 
 def run(context: Context) -> list[Row]:
     """Rows for boot time, the whole process and memory."""
-    kernel, initrd = context.image.kernel, context.initramfs("boot")
+    kernel, initrd = context.image.path, context.initramfs("boot")
     commands = {
         "LASS on": machines.lasskvm(kernel, initrd),
         "LASS off": machines.lasskvm(kernel, initrd, lass=False),

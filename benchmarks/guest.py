@@ -19,7 +19,7 @@ def run(context: Context) -> list[Row]:
     """One row for each line of bench.c; the order is the program's."""
     program = context.guest_program("bench")
     initrd = context.initramfs("bench", command=f"/{program.name}", program=program)
-    kernel = context.image.kernel
+    kernel = context.image.path
     commands = {
         "lasskvm": machines.lasskvm(kernel, initrd, clock="host"),
         "QEMU": machines.qemu(context.qemu, kernel, initrd),

@@ -87,8 +87,7 @@ class Vcpu(ReportingVcpu):
     """The vCPU of a :class:`~lasskvm.kvm.vm.Vm`; made by ``Vm.create_vcpu()``."""
 
     def __init__(self, vm: Vm) -> None:
-        #: ``kvm_run.immediate_exit``: while it is set, runs only complete what the last exit began.
-        self.immediate_exit = False
+        self._immediate_exit = False
         #: Whether the emulator ran last: the two paths keep translations of their own.
         self._interpreted = False
         #: What the engine's deadline and time stamp were computed from.
@@ -101,6 +100,18 @@ class Vcpu(ReportingVcpu):
         #: Whether the last run ended at a checkpoint.
         self.at_checkpoint = False
         super().__init__(vm)
+
+    @property
+    def immediate_exit(self) -> bool:
+        """``kvm_run.immediate_exit``: while it is set, runs only complete what the last exit began."""
+        return self._immediate_exit
+
+    @immediate_exit.setter
+    def immediate_exit(self, value: bool) -> None:
+        """Set or clear it; a run in progress ends behind the current block."""
+        self._immediate_exit = value
+        if value:
+            self.kick()
 
     @property
     def executed_blocks(self) -> int:
@@ -194,7 +205,7 @@ class Vcpu(ReportingVcpu):
                 return self._mmio_write_exit()
             if self._stepped:
                 return self._step_exit()
-            if self.immediate_exit:
+            if self._immediate_exit:
                 return IntrExit()
             if is_late:
                 return self._end_of_slice()

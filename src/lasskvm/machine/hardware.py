@@ -1,8 +1,8 @@
 """The devices of a PC, put together: which there are, on which bus, on which interrupt line.
 
-Devices that a guest talks to all the time (UART, RTC) sit on the VM's own bus beside the interrupt
-controllers, as KVM's in-kernel devices do, where the provider has such a bus. Those that end or restart the machine are
-answered from the exits of ``KVM_RUN``, when no instruction is being executed.
+Devices that a guest talks to all the time (UART, RTC, PM timer) sit on the VM's own bus beside the interrupt
+controllers, as KVM's in-kernel devices do, where the provider has such a bus. The others are answered from the exits of
+``KVM_RUN``.
 """
 
 from __future__ import annotations
@@ -77,15 +77,15 @@ class Hardware:
             "rtc": self.rtc,
             "post_port": PostPort(),
             "fw_cfg": self.fw_cfg,
+            "acpi_pm": AcpiPm(clock, _line(vm, SCI_IRQ), signals.power_off),
+            "reset_control": ResetControl(signals.reset_machine),
         }
         from_exits: dict[str, PortDevice] = {
-            "acpi_pm": AcpiPm(clock, _line(vm, SCI_IRQ), signals.power_off),
             "debug_console": DebugConsole(output),
             "debug_exit": DebugExit(signals.debug_exit),
             "program_status": ProgramStatus(signals.program_ended),
             "i8042": I8042(signals.reset_machine),
             "port92": Port92(signals.reset_machine),
-            "reset_control": ResetControl(signals.reset_machine),
             "shutdown_port": ShutdownPort(signals.power_off),
         }
         for device in at_hand.values():

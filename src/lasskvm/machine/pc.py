@@ -146,7 +146,7 @@ class Pc:
                 clock=saved_clock(vm_document),
                 engine=vm_document["engine"],
                 # What the ROM holds comes with the memory.
-                firmware=bytes(machine["firmware_bytes"]) if machine["firmware_bytes"] else None,
+                firmware=bytes(machine["firmware_bytes"]) or None,
                 devices=[DeviceRequest(*request) for request in machine["requests"]],
                 on_reset=machine["on_reset"],
                 on_shutdown=machine["on_shutdown"],
@@ -183,6 +183,7 @@ class Pc:
         while self._ending is None:
             if self._reset_wanted:
                 self._reset()
+            self.vcpu.immediate_exit = False
             vm_exit = self._board.run()
             if isinstance(vm_exit, IntrExit):
                 self._take_a_turn(vm_exit, deadline)
@@ -329,6 +330,7 @@ class Pc:
     def power_off(self) -> None:
         """The guest has switched the machine off."""
         self._ending = Ending(End.POWER_OFF, 0)
+        self._end_run()
 
     def reset_machine(self) -> None:
         """The guest has pulled the RESET line, or someone from without has."""
@@ -336,6 +338,11 @@ class Pc:
             self._reset_wanted = True
         else:
             self._ending = Ending(End.RESET, 0)
+        self._end_run()
+
+    def _end_run(self) -> None:
+        """Let the guest not go on behind the instruction that has told the machine something."""
+        self.vcpu.immediate_exit = True
 
     def _shut_down(self) -> None:
         if self._on_shutdown == "reset" and self._can_start_again:
@@ -353,7 +360,9 @@ class Pc:
         self.hardware.reset()
         self._power_on.restore(self.vm, self.vcpu)
         if self._firmware is not None:
-            shadow_firmware(self.vm.memory, self._firmware)
+            # As it lies in memory: of a machine that was loaded, nothing else is known.
+            size = len(self._firmware)
+            shadow_firmware(self.vm.memory, self.vm.memory.read(HIGH_MEMORY_START - size, size))
         self._start_image()
 
     def _where(self) -> str:

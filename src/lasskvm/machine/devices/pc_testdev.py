@@ -1,7 +1,7 @@
 """QEMU's ``pc-testdev``, the device by which unit-test kernels raise interrupt lines and reach memory-mapped I/O.
 
 - Ports 0x2000 to 0x2017: a write drives the interrupt line (GSI) of that number, high unless the value is 0.
-- Ports 0xe0 to 0xe3 and 0xe8 to 0xeb: one 32-bit register, in both places; the second one takes bytes only.
+- Ports 0xe0 to 0xe3 and 0xe8 to 0xeb: one 32-bit register, in both places; but 0xe9 is left to the debug console.
 - Ports 0xe4 to 0xe7: an address whose page the host is to drop from its mappings. The guest can see nothing of it.
 - 64 KiB of memory at 0xff000000 that is a device: each access to it is emulated.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lasskvm.kvm.iobus import ALL_ONES, DeviceState
+from lasskvm.machine.devices.debug_console import DEBUG_CONSOLE_PORT
 
 __all__ = ["PcTestDevice", "DeviceMemory"]
 
@@ -29,7 +30,14 @@ _MEMORY_BYTES = 0x1_0000
 class PcTestDevice:
     """The ports. ``irq_line(gsi, level)`` drives an interrupt line."""
 
-    ports = (_LINES, _REGISTER, _FLUSH_PAGE, _BYTE_REGISTER)
+    # The debug console has a port amid those of the byte register.
+    ports = (
+        _LINES,
+        _REGISTER,
+        _FLUSH_PAGE,
+        range(_BYTE_REGISTER.start, DEBUG_CONSOLE_PORT),
+        range(DEBUG_CONSOLE_PORT + 1, _BYTE_REGISTER.stop),
+    )
     register_size = _REGISTER_BYTES
     __slots__ = ("_irq_line", "_register")
 

@@ -1,8 +1,8 @@
 """The reset control register of PC chipsets, port 0xcf9: what ACPI's reset register points to.
 
-The port lies within the four bytes of the PCI configuration address register, which only answers 32-bit accesses at
-0xcf8 and is not there on this machine. All four are claimed here, so that such an access is not cut into bytes: its
-second one would reset the machine. Everything but the one register reads as all ones.
+The port lies within the PCI configuration address register, which only answers 32-bit accesses at 0xcf8. This machine
+has no PCI: that register and the data behind it are claimed here and read as all ones. So an access to the address is
+not cut into bytes, the second of which would reset the machine, and who looks for all devices finds none in no time.
 
 Source: Intel 82371SB (PIIX3) data sheet, "Reset Control Register".
 """
@@ -16,8 +16,8 @@ from lasskvm.kvm.iobus import ALL_ONES, DeviceState
 __all__ = ["RESET_CONTROL_PORT", "RESET_FULL", "ResetControl"]
 
 RESET_CONTROL_PORT = 0xCF9
-PCI_ADDRESS_PORT = 0xCF8
-PCI_ADDRESS_SIZE = 4
+PCI_PORTS = range(0xCF8, 0xD00)
+PCI_REGISTER_SIZE = 4
 
 #: Whether a reset is a hard one; kept, and without effect here.
 HARD = 1 << 1
@@ -30,8 +30,8 @@ RESET_FULL = HARD | RESET_PROCESSOR | POWER_CYCLE
 class ResetControl:
     """The register. ``reset_machine`` is called when the guest writes bit 2 as 1."""
 
-    ports = (range(PCI_ADDRESS_PORT, PCI_ADDRESS_PORT + PCI_ADDRESS_SIZE),)
-    register_size = PCI_ADDRESS_SIZE
+    ports = (PCI_PORTS,)
+    register_size = PCI_REGISTER_SIZE
     __slots__ = ("_reset_machine", "value")
 
     def __init__(self, reset_machine: Callable[[], None]) -> None:

@@ -1,0 +1,112 @@
+"""The unit-test images through the command line: an independent judge of the machine.
+
+Each image prints PASS, FAIL and SKIP lines and a summary, and ends by the exit port, as the KVM community's unit-test
+kernels do. What they expect is what the manual says; guests/unit/README.md has what other machines make of them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import SOURCES, RunImage
+
+#: Exit statuses: what the image writes to port 0xf4, times 2, plus 1.
+PASSED, FAILED = 1, 3
+SUMMARY = re.compile(r"SUMMARY: (\d+) passed, (\d+) failed, (\d+) skipped")
+
+IMAGES = sorted(path.stem for path in SOURCES.glob("*.c"))
+#: Needs to be told what to do.
+ON_REQUEST = {"reset"}
+
+
+@pytest.mark.parametrize("image", [name for name in IMAGES if name not in ON_REQUEST])
+def test_every_check_of_the_image_holds(run_image: RunImage, image: str) -> None:
+    run = run_image(image)
+
+    assert run.failures == []
+    summary = SUMMARY.fullmatch(run.lines[-1])
+    assert summary is not None, run.lines[-3:]
+    passes = sum(line.startswith("PASS") for line in run.lines)
+    assert int(summary[1]) == passes > 0
+    assert run.status == PASSED
+
+
+@pytest.mark.parametrize("way", ["triple", "cf9", "port92", "keyboard"])
+def test_a_reset_keeps_memory(run_image: RunImage, way: str) -> None:
+    run = run_image("reset", way, options=("--on-shutdown", "reset"))
+
+    assert run.lines[0] == "resetting"
+    assert run.lines[1:] == [
+        "PASS: the machine has been reset, and memory is as it was",
+        "SUMMARY: 1 passed, 0 failed, 0 skipped",
+    ]
+    assert run.status == PASSED
+
+
+def test_a_triple_fault_ends_the_machine_unless_told_otherwise(run_image: RunImage) -> None:
+    run = run_image("reset", "triple")
+
+    assert run.lines == ["resetting"]
+    assert run.status not in (0, PASSED, FAILED)
+
+
+def test_shutdown_written_to_its_port_ends_the_machine(run_image: RunImage) -> None:
+    run = run_image("reset", "shutdown")
+
+    assert run.failures == []
+    assert run.lines == []
+    assert run.status == 0
+
+
+def test_the_debug_console_is_on_standard_output(run_image: RunImage) -> None:
+    run = run_image("devices", "console", options=("--device", "isa-debugcon"))
+
+    assert "written to port E9H" in run.lines
+    assert run.failures == []
+    assert run.status == PASSED
+
+
+@pytest.mark.parametrize(
+    "image, feature, skipped",
+    [
+        ("smap", "smap", "CPUID offers no SMAP"),
+        ("lass", "lass", "CPUID offers no LASS"),
+        ("umip", "umip", "CPUID offers no UMIP"),
+        ("pku", "pku", "CPUID offers no PKU"),
+        ("lam", "lam", "CPUID offers no LAM"),
+        ("pcid", "pcid", "CPUID offers no PCID"),
+        ("pcid", "invpcid", "CPUID offers no INVPCID"),
+        ("tsc", "tsc_adjust", "CPUID offers no TSC_ADJUST"),
+        ("tsc", "rdtscp", "CPUID offers no RDTSCP"),
+        ("xsave", "xsave", "CPUID offers no XSAVE"),
+        ("apic", "x2apic", "CPUID offers no x2APIC"),
+        ("apic", "tsc_deadline_timer", "CPUID offers no TSC deadline"),
+        ("msrs", "fsgsbase", "CPUID offers no FSGSBASE"),
+    ],
+)
+def test_what_is_not_offered_faults(run_image: RunImage, image: str, feature: str, skipped: str) -> None:
+    run = run_image(image, options=("--cpu", f"max,-{feature}"))
+
+    assert f"SKIP: {skipped}" in run.lines
+    assert run.failures == []
+    assert run.status == PASSED
+
+
+def test_a_word_of_the_command_line_selects_a_subject(run_image: RunImage) -> None:
+    run = run_image("timers", "pit")
+
+    assert any("mode 0" in line for line in run.lines)
+    assert not any("CMOS" in line for line in run.lines)
+
+
+def test_no_image_needs_a_header_of_the_host() -> None:
+    includes = {
+        line.split()[1]
+        for path in Path(SOURCES).rglob("*.[chS]")
+        for line in path.read_text().splitlines()
+        if line.startswith("#include <")
+    }
+
+    assert includes <= {"<stdarg.h>", "<stdbool.h>", "<stddef.h>", "<stdint.h>"}
