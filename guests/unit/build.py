@@ -35,6 +35,8 @@ _FLAGS = (
     *_COMMON_FLAGS,
     *("-std=gnu11", "-O1", "-g0", "-Wall", "-Wextra", "-Werror", "-nostdinc", "-nostdlib"),
     *("-fcf-protection=none", "-fno-stack-protector", "-fno-asynchronous-unwind-tables"),
+    # RBP stays out of the operands of inline assembly: faults of operands based on it are #SS.
+    "-fno-omit-frame-pointer",
     # Address 0 is memory like any other here.
     *("-fno-delete-null-pointer-checks", "-fno-strict-aliasing"),
 )

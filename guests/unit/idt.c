@@ -18,7 +18,8 @@
 #define CODE64_CONFORMING 0x00af9f000000ffffull
 #define SEGMENT_PRESENT BIT(47)
 #define SEGMENT_USER (3ull << 45)
-#define NON_CANONICAL 0x0000800000000000ull
+/* Far enough from both ends for a whole frame. */
+#define NON_CANONICAL 0x0000800000001000ull
 
 static struct gate kept;
 

@@ -192,9 +192,17 @@ class GuestMemory:
     def _put(self, slot: Slot, gpa: int, data: bytes | memoryview) -> None:
         offset = gpa - slot.gpa
         slot.view[offset : offset + len(data)] = data
-        pages = slot.page_flags[offset >> PAGE_SHIFT : (offset + len(data) - 1 >> PAGE_SHIFT) + 1]
-        pages |= PAGE_DIRTY
-        if self.on_code_store is not None and (pages & PAGE_CODE).any():
+        first, last = offset >> PAGE_SHIFT, offset + len(data) - 1 >> PAGE_SHIFT
+        if first == last:
+            # The usual case by itself: operations on slices take longer than the store.
+            flags = int(slot.page_flags[first])
+            slot.page_flags[first] = flags | PAGE_DIRTY
+            is_code = flags & PAGE_CODE != 0
+        else:
+            pages = slot.page_flags[first : last + 1]
+            pages |= PAGE_DIRTY
+            is_code = bool((pages & PAGE_CODE).any())
+        if is_code and self.on_code_store is not None:
             self.on_code_store(gpa, len(data))
 
     def read(self, gpa: int, size: int) -> bytes:

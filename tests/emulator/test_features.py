@@ -41,7 +41,6 @@ from lasskvm.x86.registers import (
     CR0_PG,
     CR4_FSGSBASE,
     CR4_LA57,
-    CR4_OSXSAVE,
     CR4_PCIDE,
     CR4_PKE,
     CR4_TSD,
@@ -67,7 +66,7 @@ RDFSBASE_RAX, RDFSBASE_EAX, RDGSBASE_R9 = "f3480faec0", "f30faec0", "f3490faec9"
 WRFSBASE_RAX, WRFSBASE_EAX, WRGSBASE_RAX = "f3480faed0", "f30faed0", "f3480faed8"
 RDPID_RAX, RDPKRU, WRPKRU = "f30fc7f8", "0f01ee", "0f01ef"
 SWAPGS, STAC, CLAC, SERIALIZE = "0f01f8", "0f01cb", "0f01ca", "0f01e8"
-XGETBV, WRMSR, RDMSR = "0f01d0", "0f30", "0f32"
+WRMSR, RDMSR = "0f30", "0f32"
 
 
 def with_cpu(guest: Guest, cpu: str) -> Guest:
@@ -390,19 +389,6 @@ def test_serialize_does_nothing_where_it_is_offered(user: Guest) -> None:
     assert user.fault_of(SERIALIZE) == (UD, None)
     with_cpu(user, "max,+serialize").run(SERIALIZE)
     assert user.words[RIP] == USER_CODE + 3
-
-
-def test_xgetbv_needs_osxsave(user: Guest) -> None:
-    assert user.fault_of(XGETBV) == (UD, None)
-    features = parse_cpu("max").features | {"xsave"}
-    user.ctx.cpuid = CpuidTable(type(parse_cpu("max"))("test", features).entries())
-    assert user.fault_of(XGETBV) == (UD, None)
-    user.words[CR4] |= CR4_OSXSAVE
-    user.words[RCX] = 0
-    user.run(XGETBV)
-    assert (user.words[RAX], user.words[RDX]) == (1, 0)
-    user.words[RCX] = 1
-    assert user.fault_of(XGETBV) == (GP, 0)
 
 
 @pytest.mark.parametrize("code", ["0fff00", "0fb900", "0f0b", "0faa"], ids=["ud0", "ud1", "ud2", "rsm"])

@@ -111,6 +111,13 @@ EMULATED = {
     "lock neg behind 67": ("67 f0 f7 1b", 64, (3,)),
     "shld relative to rip": ("0f a4 05 00 00 00 00 01", 64, (3,)),
     "movntss [rbx], xmm0": ("f3 0f 2b 03", 64, (3,)),
+    "xsave [rbx]": ("0f ae 23", 64, (0, 3)),
+    "xsave64 [rbx]": ("48 0f ae 23", 64, (3,)),
+    "xsaveopt [rbx]": ("0f ae 33", 64, (3,)),
+    "xrstor [rbx]": ("0f ae 2b", 64, (0, 3)),
+    "xrstor [rbx] in 32-bit code": ("0f ae 2b", 32, (3,)),
+    "xgetbv": ("0f 01 d0", 64, (0, 3)),
+    "xsetbv": ("0f 01 d1", 64, (0, 3)),
 }
 #: Neighbours of those, which run.
 DIRECT = {
@@ -133,6 +140,8 @@ DIRECT = {
     "mov byte [rbx], 1": ("c6 03 01", 64, (3,)),
     "movntps [rbx], xmm0": ("0f 2b 03", 64, (3,)),
     "endbr64": ("f3 0f 1e fa", 64, (0, 3)),
+    "fxsave [rbx]": ("0f ae 03", 64, (0, 3)),
+    "mfence": ("0f ae f0", 64, (3,)),
     "long nop": ("66 2e 0f 1f 84 00 00 00 00 00", 64, (0, 3)),
     "66 je in 32-bit code": ("66 0f 84 00 00", 32, (3,)),
 }
@@ -328,6 +337,11 @@ SEGMENT_REGISTERS = (Register.ES, Register.SS, Register.DS, Register.FS, Registe
 SEGMENT_POINTERS = (Mnemonic.LES, Mnemonic.LDS, Mnemonic.LSS, Mnemonic.LFS, Mnemonic.LGS)
 INTERRUPT_RETURNS = (Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ)
 SSE4A = (Mnemonic.EXTRQ, Mnemonic.INSERTQ, Mnemonic.MOVNTSS, Mnemonic.MOVNTSD)
+#: XSAVE, and what its opcodes are with prefixes; they have a memory operand.
+XSAVES = (
+    Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XSAVEOPT, Mnemonic.XSAVEOPT64, Mnemonic.XRSTOR, Mnemonic.XRSTOR64,
+    Mnemonic.PTWRITE, Mnemonic.CLWB, Mnemonic.CLRSSBSY,
+)  # fmt: skip
 ALWAYS = (
     Mnemonic.RETF, Mnemonic.LAR, Mnemonic.LSL, Mnemonic.ARPL, Mnemonic.XABORT, Mnemonic.XBEGIN, Mnemonic.WRFSBASE,
     Mnemonic.WRGSBASE, Mnemonic.LSS, Mnemonic.LFS, Mnemonic.LGS, Mnemonic.LOOPE, Mnemonic.LOOPNE, Mnemonic.ENTER,
@@ -359,6 +373,8 @@ def expected(instruction: Instruction, bits: int, cpl: int, prefixes: int) -> bo
         return True
     if mnemonic in ALWAYS or instruction.code in TEST_ALIASES or is_far_branch(instruction):
         return True
+    if mnemonic in XSAVES:
+        return instruction.op0_kind == OpKind.MEMORY
     if mnemonic in (Mnemonic.RDFSBASE, Mnemonic.RDGSBASE):
         return prefixes & OPERAND_SIZE != 0
     if mnemonic in INTERRUPT_RETURNS:

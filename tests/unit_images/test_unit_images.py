@@ -49,7 +49,7 @@ def test_a_triple_fault_ends_the_machine_unless_told_otherwise(run_image: RunIma
     run = run_image("reset", "triple")
 
     assert run.lines == ["resetting"]
-    assert run.status not in (0, PASSED, FAILED)
+    assert "triple-faulted" in run.errors
 
 
 def test_shutdown_written_to_its_port_ends_the_machine(run_image: RunImage) -> None:

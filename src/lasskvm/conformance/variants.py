@@ -101,6 +101,6 @@ _NOT_IN_KVMS_EMULATOR = frozenset(
         Mnemonic.LSL, Mnemonic.MASKMOVDQU, Mnemonic.MASKMOVQ, Mnemonic.MOVD, Mnemonic.MOVHPS, Mnemonic.MOVQ,
         Mnemonic.MOVSS, Mnemonic.PADDB, Mnemonic.PCMPISTRI, Mnemonic.PEXTRQ, Mnemonic.PINSRW, Mnemonic.POPCNT,
         Mnemonic.STMXCSR, Mnemonic.SWAPGS, Mnemonic.SYSRET, Mnemonic.SYSEXIT, Mnemonic.UD2, Mnemonic.VERR,
-        Mnemonic.VERW, Mnemonic.XRSTOR, Mnemonic.XSAVE,
+        Mnemonic.VERW, Mnemonic.XRSTOR, Mnemonic.XRSTOR64, Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XSAVEOPT,
     )
 )  # fmt: skip

@@ -20,7 +20,21 @@ from lasskvm.state import CPL, CR0, DR7, RFLAGS
 from lasskvm.x86.exceptions import AC as ALIGNMENT_CHECK
 from lasskvm.x86.registers import CR0_AM, RFLAGS_AC, SS
 
-__all__ = ["checks_alignment", "load", "load_bytes", "store", "store_bytes", "touch"]
+__all__ = [
+    "Pieces",
+    "checks_alignment",
+    "load",
+    "load_bytes",
+    "load_located",
+    "locate",
+    "store",
+    "store_bytes",
+    "store_located",
+    "touch",
+]
+
+#: Where an access goes, guest-physically: address and size of each part, one per page.
+Pieces = list[tuple[int, int]]
 
 _BUS_BYTES = 8
 _DR7_ENABLED = 0xFF
@@ -42,7 +56,7 @@ def load(ctx: Emulation, segment: int, offset: int, size: int, flags: int = 0) -
         if page is not None and address & PAGE_MASK <= PAGE_SIZE - size:
             start = address + page[1]
             return int.from_bytes(page[0][start : start + size], "little")
-    pieces = _locate(ctx, segment, offset, size, flags)
+    pieces = locate(ctx, segment, offset, size, flags)
     if len(pieces) == 1 and size <= _BUS_BYTES:
         gpa = pieces[0][0]
         if ctx.memory.find(gpa) is not None:
@@ -71,25 +85,61 @@ def store(ctx: Emulation, segment: int, offset: int, size: int, value: int, flag
 
 def load_bytes(ctx: Emulation, segment: int, offset: int, size: int, flags: int = 0) -> bytes:
     """Like :func:`load`, for up to a page of bytes."""
-    pieces = _locate(ctx, segment, offset, size, flags)
+    pieces = locate(ctx, segment, offset, size, flags)
     return b"".join([_load_piece(ctx, gpa, length) for gpa, length in pieces])
 
 
 def store_bytes(ctx: Emulation, segment: int, offset: int, data: bytes, flags: int = 0) -> None:
     """Like :func:`store`, for up to a page of bytes."""
     done = 0
-    for gpa, length in _locate(ctx, segment, offset, len(data), flags | WRITE):
+    for gpa, length in locate(ctx, segment, offset, len(data), flags | WRITE):
         _store_piece(ctx, gpa, data[done : done + length])
         done += length
 
 
 def touch(ctx: Emulation, segment: int, offset: int, size: int, flags: int = 0) -> None:
     """Make the checks and translations of an access of *size* bytes, without the access."""
-    _locate(ctx, segment, offset, size, flags)
+    locate(ctx, segment, offset, size, flags)
 
 
-def _locate(ctx: Emulation, segment: int, offset: int, size: int, flags: int) -> list[tuple[int, int]]:
-    """The guest-physical pieces, one per page, of an access that is allowed."""
+def load_located(ctx: Emulation, pieces: Pieces, start: int, size: int) -> bytes:
+    """Load *size* bytes, *start* bytes into what :func:`locate` has found for reading."""
+    gpa, length = pieces[0]
+    if start + size <= length:
+        return _load_piece(ctx, gpa + start, size)
+    return b"".join([_load_piece(ctx, gpa, length) for gpa, length in _part(pieces, start, size)])
+
+
+def store_located(ctx: Emulation, pieces: Pieces, start: int, data: bytes) -> None:
+    """Store *data*, *start* bytes into what :func:`locate` has found for writing."""
+    gpa, length = pieces[0]
+    if start + len(data) <= length:
+        _store_piece(ctx, gpa + start, data)
+        return
+    done = 0
+    for gpa, length in _part(pieces, start, len(data)):
+        _store_piece(ctx, gpa, data[done : done + length])
+        done += length
+
+
+def _part(pieces: Pieces, start: int, size: int) -> Pieces:
+    """The *size* bytes from *start* on."""
+    part = []
+    for gpa, length in pieces:
+        taken = min(length - start, size)
+        if taken > 0:
+            part.append((gpa + start, taken))
+            start, size = 0, size - taken
+        else:
+            start -= length
+    return part
+
+
+def locate(ctx: Emulation, segment: int, offset: int, size: int, flags: int = 0) -> Pieces:
+    """Make the checks and translations of an access of up to a page, for several accesses to follow.
+
+    Raises :class:`GuestFault` as they would; a read that writes follow has ``WRITE`` among its *flags*.
+    """
     words = ctx.words
     address = segment_address(ctx, segment, offset, size, flags)
     first = PAGE_SIZE - (address & PAGE_MASK)

@@ -47,7 +47,11 @@ __all__ = [
 ]
 
 XMM_REGISTERS = 16
+XMM_BYTES = 16
 X87_REGISTERS = 8
+X87_BYTES = 10
+#: The room that an x87 register has in FXSAVE images.
+X87_SPACING = 16
 #: Abridged tags of eight registers in use.
 ALL_TAGS = (1 << X87_REGISTERS) - 1
 
@@ -101,6 +105,22 @@ class Fpu(Protocol):
         """R0 to R7, of 80 bits."""
         ...
 
+    def xmm_image(self, count: int) -> bytes:
+        """XMM0 to XMM(*count* - 1) as they lie in memory."""
+        ...
+
+    def load_xmm_image(self, image: bytes) -> None:
+        """Set as many registers, from XMM0 on, as *image* has."""
+        ...
+
+    def x87_image(self) -> bytes:
+        """R0 to R7 in :data:`X87_SPACING` bytes each, zeros behind their 80 bits."""
+        ...
+
+    def load_x87_image(self, image: bytes) -> None:
+        """The inverse of :meth:`x87_image`; what is behind the 80 bits does not matter."""
+        ...
+
 
 class FpuState:
     """Registers with storage of their own, as they are in a new vCPU (KVM's ``fpstate_init_user()``)."""
@@ -116,6 +136,26 @@ class FpuState:
         self.fcw = FCW_INITIAL
         self.fsw = self.top = self.ftw = 0
         self.fop = self.fip = self.fcs = self.fdp = self.fds = 0
+
+    def xmm_image(self, count: int) -> bytes:
+        """XMM0 to XMM(*count* - 1) as they lie in memory."""
+        return b"".join([value.to_bytes(XMM_BYTES, "little") for value in self.xmm[:count]])
+
+    def load_xmm_image(self, image: bytes) -> None:
+        """Set as many registers, from XMM0 on, as *image* has."""
+        for number in range(len(image) // XMM_BYTES):
+            start = XMM_BYTES * number
+            self.xmm[number] = int.from_bytes(image[start : start + XMM_BYTES], "little")
+
+    def x87_image(self) -> bytes:
+        """R0 to R7 in :data:`X87_SPACING` bytes each, zeros behind their 80 bits."""
+        return b"".join([value.to_bytes(X87_SPACING, "little") for value in self.registers])
+
+    def load_x87_image(self, image: bytes) -> None:
+        """The inverse of :meth:`x87_image`; what is behind the 80 bits does not matter."""
+        for number in range(X87_REGISTERS):
+            start = X87_SPACING * number
+            self.registers[number] = int.from_bytes(image[start : start + X87_BYTES], "little")
 
 
 def copy_fpu(source: Fpu, target: Fpu) -> None:

@@ -1,8 +1,10 @@
-"""How x87 and SSE registers lie in memory: FXSAVE images, and the x87 environment of FNSTENV and FNSAVE.
+"""How x87 and SSE registers lie in memory: FXSAVE images, which are also the first part of XSAVE areas, and the x87
+environment of FNSTENV and FNSAVE.
 
 Pure functions between an :class:`~lasskvm.emulator.fpu.Fpu` and bytes. Reserved places are stored as zeros.
 
-Source: Intel SDM volume 1, 8.1.10 (figures 8-9 to 8-12) and 10.5.1 (FXSAVE area).
+Source: Intel SDM volume 1, 8.1.10 (figures 8-9 to 8-12), 10.5.1 (FXSAVE area), 13.4.1 (legacy region of an XSAVE area)
+and 13.6 (initial configurations).
 """
 
 from __future__ import annotations
@@ -10,30 +12,38 @@ from __future__ import annotations
 import struct
 
 from lasskvm.emulator.fpu import (
+    X87_BYTES,
     X87_REGISTERS,
+    X87_SPACING,
+    XMM_BYTES,
     XMM_REGISTERS,
     Fpu,
     abridged_tags,
     full_tag_word,
+    initialize,
     set_control_word,
     set_status_word,
     status_word,
 )
-from lasskvm.x86.fpu import FOP_MASK, MXCSR_WRITABLE
+from lasskvm.x86.fpu import FCW_INITIAL, FOP_MASK, MXCSR_WRITABLE
 from lasskvm.x86.registers import MASK32
+from lasskvm.x86.xsave import COMPONENT_SSE, COMPONENT_X87
 
 __all__ = [
     "FXSAVE_BYTES",
     "FXSAVE_MXCSR",
     "FXSAVE_REGISTERS",
     "FXSAVE_XMM",
+    "components_in_use",
     "environment_bytes",
     "environment_image",
     "fxsave_image",
     "image_mxcsr",
+    "initialize_components",
     "load_environment",
     "load_fxsave_image",
     "load_stack_image",
+    "saved_xmm_registers",
     "stack_image",
 ]
 
@@ -42,9 +52,7 @@ FXSAVE_BYTES = 512
 FXSAVE_MXCSR = 24
 FXSAVE_REGISTERS = 32
 FXSAVE_XMM = 160
-_REGISTER_SPACING = 16
-_REGISTER_BYTES = 10
-_XMM_BYTES = 16
+_LEGACY_XMM_REGISTERS, _LONG_MODE_BITS = 8, 64
 #: FCW, FSW, FTW (abridged), FOP, FIP and FDP (64 bits each), MXCSR, MXCSR_MASK.
 _FXSAVE_HEADER = struct.Struct("<HHBxHQQII")
 
@@ -60,6 +68,16 @@ _REAL_MODE_SHIFT = 12
 _REAL_MODE_UPPER = {4: _MASK16, 2: 0xF}
 
 
+#: The parts of an image that hold x87 state, where that is in its initial configuration.
+_INITIAL_X87_CONTROL = FCW_INITIAL.to_bytes(FXSAVE_MXCSR, "little")
+_INITIAL_X87_REGISTERS = bytes(FXSAVE_XMM - FXSAVE_REGISTERS)
+
+
+def saved_xmm_registers(bits: int) -> int:
+    """How many XMM registers code of *bits* bits (16, 32 or 64) saves and restores."""
+    return XMM_REGISTERS if bits == _LONG_MODE_BITS else _LEGACY_XMM_REGISTERS
+
+
 def fxsave_image(fpu: Fpu, *, wide_pointers: bool, xmm_registers: int = XMM_REGISTERS) -> bytes:
     """The part of an FXSAVE image that is written, from its start: everything up to the last XMM register.
 
@@ -68,14 +86,10 @@ def fxsave_image(fpu: Fpu, *, wide_pointers: bool, xmm_registers: int = XMM_REGI
     fip, fdp = fpu.fip, fpu.fdp
     if not wide_pointers:
         fip, fdp = fip & MASK32 | fpu.fcs << _SELECTOR_SHIFT, fdp & MASK32 | fpu.fds << _SELECTOR_SHIFT
-    pieces = [
-        _FXSAVE_HEADER.pack(fpu.fcw, status_word(fpu), fpu.ftw, fpu.fop, fip, fdp, fpu.mxcsr, MXCSR_WRITABLE)
-    ]
-    for number in _stack_order(fpu):
-        pieces.append(fpu.registers[number].to_bytes(_REGISTER_SPACING, "little"))
-    for number in range(xmm_registers):
-        pieces.append(fpu.xmm[number].to_bytes(_XMM_BYTES, "little"))
-    return b"".join(pieces)
+    control = _FXSAVE_HEADER.pack(
+        fpu.fcw, status_word(fpu), fpu.ftw, fpu.fop, fip, fdp, fpu.mxcsr, MXCSR_WRITABLE
+    )
+    return control + _rotated(fpu.x87_image(), fpu.top) + fpu.xmm_image(xmm_registers)
 
 
 def image_mxcsr(image: bytes) -> int:
@@ -90,9 +104,19 @@ def load_fxsave_image(
     wide_pointers: bool,
     xmm_registers: int = XMM_REGISTERS,
     with_mxcsr: bool = True,
+    with_x87: bool = True,
 ) -> None:
     """Load the registers from an FXSAVE image whose MXCSR has been checked."""
-    fcw, fsw, ftw, fop, fip, fdp, mxcsr, _ = _FXSAVE_HEADER.unpack_from(image)
+    if with_x87:
+        _load_x87_state(fpu, image, wide_pointers)
+    if with_mxcsr:
+        fpu.mxcsr = image_mxcsr(image)
+    if xmm_registers:
+        fpu.load_xmm_image(image[FXSAVE_XMM : FXSAVE_XMM + XMM_BYTES * xmm_registers])
+
+
+def _load_x87_state(fpu: Fpu, image: bytes, wide_pointers: bool) -> None:
+    fcw, fsw, ftw, fop, fip, fdp, _, _ = _FXSAVE_HEADER.unpack_from(image)
     set_control_word(fpu, fcw)
     set_status_word(fpu, fsw)
     fpu.ftw, fpu.fop = ftw, fop & FOP_MASK
@@ -100,14 +124,38 @@ def load_fxsave_image(
     if not wide_pointers:
         fpu.fip, fpu.fcs = fip & MASK32, fip >> _SELECTOR_SHIFT & _MASK16
         fpu.fdp, fpu.fds = fdp & MASK32, fdp >> _SELECTOR_SHIFT & _MASK16
-    if with_mxcsr:
-        fpu.mxcsr = mxcsr
-    for place, number in enumerate(_stack_order(fpu)):
-        start = FXSAVE_REGISTERS + _REGISTER_SPACING * place
-        fpu.registers[number] = int.from_bytes(image[start : start + _REGISTER_BYTES], "little")
-    for number in range(xmm_registers):
-        start = FXSAVE_XMM + _XMM_BYTES * number
-        fpu.xmm[number] = int.from_bytes(image[start : start + _XMM_BYTES], "little")
+    fpu.load_x87_image(_rotated(image[FXSAVE_REGISTERS:FXSAVE_XMM], X87_REGISTERS - fpu.top))
+
+
+def _rotated(registers: bytes, count: int) -> bytes:
+    """x87 registers in another order, from the one at place *count* on: from physical to stack order, and back."""
+    start = X87_SPACING * count
+    return registers[start:] + registers[:start]
+
+
+def components_in_use(image: bytes) -> int:
+    """Which of x87 and SSE state are not in their initial configuration, as XSAVE's bits.
+
+    *image* is what :func:`fxsave_image` gives. MXCSR does not count (SDM volume 1, 13.6).
+    """
+    in_use = 0
+    if (
+        image[:FXSAVE_MXCSR] != _INITIAL_X87_CONTROL
+        or image[FXSAVE_REGISTERS:FXSAVE_XMM] != _INITIAL_X87_REGISTERS
+    ):
+        in_use = COMPONENT_X87
+    if image.count(0, FXSAVE_XMM) != len(image) - FXSAVE_XMM:
+        in_use |= COMPONENT_SSE
+    return in_use
+
+
+def initialize_components(fpu: Fpu, components: int, xmm_registers: int = XMM_REGISTERS) -> None:
+    """Put x87 and SSE state, as XSAVE's bits in *components* say, into their initial configurations; MXCSR stays."""
+    if components & COMPONENT_X87:
+        initialize(fpu)
+        fpu.load_x87_image(bytes(X87_SPACING * X87_REGISTERS))
+    if components & COMPONENT_SSE:
+        fpu.load_xmm_image(bytes(XMM_BYTES * xmm_registers))
 
 
 def environment_bytes(width: int) -> int:
@@ -153,14 +201,14 @@ def load_environment(fpu: Fpu, image: bytes, width: int, *, real_mode: bool) -> 
 
 def stack_image(fpu: Fpu) -> bytes:
     """ST(0) to ST(7) as FNSAVE stores them behind the environment: ten bytes each."""
-    return b"".join(fpu.registers[number].to_bytes(_REGISTER_BYTES, "little") for number in _stack_order(fpu))
+    return b"".join(fpu.registers[number].to_bytes(X87_BYTES, "little") for number in _stack_order(fpu))
 
 
 def load_stack_image(fpu: Fpu, image: bytes) -> None:
     """The inverse of :func:`stack_image`; TOP must have been loaded."""
     for place, number in enumerate(_stack_order(fpu)):
-        start = _REGISTER_BYTES * place
-        fpu.registers[number] = int.from_bytes(image[start : start + _REGISTER_BYTES], "little")
+        start = X87_BYTES * place
+        fpu.registers[number] = int.from_bytes(image[start : start + X87_BYTES], "little")
 
 
 def _stack_order(fpu: Fpu) -> list[int]:

@@ -12,7 +12,16 @@ import numpy as np
 from unicorn import x86_const
 from unicorn.unicorn_py3.unicorn import uclib
 
-from lasskvm.emulator.fpu import X87_REGISTERS, Fpu, Registers, copy_fpu
+from lasskvm.emulator.fpu import (
+    ALL_TAGS,
+    X87_BYTES,
+    X87_REGISTERS,
+    X87_SPACING,
+    XMM_BYTES,
+    Fpu,
+    Registers,
+    copy_fpu,
+)
 from lasskvm.engine import context as c
 from lasskvm.engine.engine import Engine
 from lasskvm.engine.private_fpu import fpu_fields
@@ -20,10 +29,10 @@ from lasskvm.x86.fpu import FSW_TOP
 
 __all__ = ["FpuAccess"]
 
-_XMM_BYTES = 16
-_X87_BYTES = 10
 _NUMBER_MASK = X87_REGISTERS - 1
-_EMPTY = 1
+#: What the translator's tags are for each abridged tag word: a byte for each register, 1 for an empty one.
+_TAGS = [bytes(1 - (word >> number & 1) for number in range(X87_REGISTERS)) for word in range(ALL_TAGS + 1)]
+_ABRIDGED_TAGS = {tags: word for word, tags in enumerate(_TAGS)}
 
 
 class _Registers:
@@ -49,8 +58,11 @@ class FpuAccess:
     def __init__(self, engine: Engine, initial: Fpu) -> None:
         self._handle = ctypes.c_void_p(int(engine.context[c.UC]))
         self._fields = fpu_fields(int(engine.context[c.ENV]))
-        self._xmm = _Registers(self._fields.xmm_regs, _XMM_BYTES)
-        self._registers = _Registers(self._fields.fpregs, _X87_BYTES)
+        self._xmm = _Registers(self._fields.xmm_regs, XMM_BYTES)
+        self._registers = _Registers(self._fields.fpregs, X87_BYTES)
+        self._xmm_rows = np.ctypeslib.as_array(self._fields.xmm_regs)[:, :XMM_BYTES]
+        self._x87_rows = np.ctypeslib.as_array(self._fields.fpregs)[:, :X87_BYTES]
+        self._tags = np.ctypeslib.as_array(self._fields.fptags).data
         copy_fpu(initial, self)
 
     @property
@@ -63,6 +75,26 @@ class FpuAccess:
         """R0 to R7, of 80 bits."""
         return self._registers
 
+    def xmm_image(self, count: int) -> bytes:
+        """XMM0 to XMM(*count* - 1) as they lie in memory."""
+        return self._xmm_rows[:count].tobytes()
+
+    def load_xmm_image(self, image: bytes) -> None:
+        """Set as many registers, from XMM0 on, as *image* has."""
+        rows = np.frombuffer(image, np.uint8).reshape(-1, XMM_BYTES)
+        self._xmm_rows[: len(rows)] = rows
+
+    def x87_image(self) -> bytes:
+        """R0 to R7 in 16 bytes each, zeros behind their 80 bits."""
+        rows = np.zeros((X87_REGISTERS, X87_SPACING), np.uint8)
+        rows[:, :X87_BYTES] = self._x87_rows
+        return rows.tobytes()
+
+    def load_x87_image(self, image: bytes) -> None:
+        """The inverse of :meth:`x87_image`; what is behind the 80 bits does not matter."""
+        rows = np.frombuffer(image, np.uint8).reshape(X87_REGISTERS, X87_SPACING)
+        self._x87_rows[:] = rows[:, :X87_BYTES]
+
     @property
     def mxcsr(self) -> int:
         """MXCSR."""
@@ -72,7 +104,8 @@ class FpuAccess:
     def mxcsr(self, value: int) -> None:
         """Set what :attr:`mxcsr` gives."""
         # The translator keeps rounding and flushing apart, too; its own function for writes knows how.
-        self._write(x86_const.UC_X86_REG_MXCSR, ctypes.c_uint32(value))
+        if value != self._fields.mxcsr:
+            self._write(x86_const.UC_X86_REG_MXCSR, ctypes.c_uint32(value))
 
     @property
     def fcw(self) -> int:
@@ -82,7 +115,8 @@ class FpuAccess:
     @fcw.setter
     def fcw(self, value: int) -> None:
         """Set what :attr:`fcw` gives."""
-        self._write(x86_const.UC_X86_REG_FPCW, ctypes.c_uint16(value))
+        if value != self._fields.fpuc:
+            self._write(x86_const.UC_X86_REG_FPCW, ctypes.c_uint16(value))
 
     def _write(self, register: int, value: ctypes.c_uint32 | ctypes.c_uint16) -> None:
         uclib.uc_reg_write(self._handle, register, ctypes.byref(value))
@@ -110,13 +144,12 @@ class FpuAccess:
     @property
     def ftw(self) -> int:
         """The abridged tag word: a bit for each register in use."""
-        return sum((tag != _EMPTY) << number for number, tag in enumerate(self._fields.fptags))
+        return _ABRIDGED_TAGS[bytes(self._tags)]
 
     @ftw.setter
     def ftw(self, value: int) -> None:
         """Set what :attr:`ftw` gives."""
-        for number in range(X87_REGISTERS):
-            self._fields.fptags[number] = 0 if value >> number & 1 else _EMPTY
+        self._tags[:] = _TAGS[value]
 
     @property
     def fop(self) -> int:

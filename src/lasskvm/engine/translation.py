@@ -61,8 +61,10 @@ _GROUP1A, _GROUP11_BYTE, _GROUP11 = 0x8F, 0xC6, 0xC7
 _MOVSXD = 0x63
 _VEX3, _VEX2 = 0xC4, 0xC5
 _LAR, _LSL = TWO_BYTE + 0x02, TWO_BYTE + 0x03
+_GROUP7, _XGETBV, _XSETBV = TWO_BYTE + 0x01, 0xD0, 0xD1
 _GROUP15 = TWO_BYTE + 0xAE
 _WRFSBASE, _WRGSBASE = 2, 3
+_XSAVE, _XSAVEOPT = 4, 6
 _MOVNTS, _EXTRQ, _INSERTQ = TWO_BYTE + 0x2B, TWO_BYTE + 0x78, TWO_BYTE + 0x79
 _FEATURES_80000001_ECX, _SSE4A = 7, 1 << 6
 
@@ -256,6 +258,8 @@ def is_left_to_emulator(code64: bool, cpl: int, prefixes: int, opcode: int, modr
     WRFSBASE, WRGSBASE                    accept addresses that are not canonical
     RDFSBASE, RDGSBASE with 66H           read 64 bits
     EXTRQ, INSERTQ, MOVNTSS, MOVNTSD      run without SSE4A
+    XSAVE, XSAVEOPT, XRSTOR, XGETBV,      XCR0 is the translator's own, and components are known that the guest has not;
+    XSETBV                                with their prefixes these are PTWRITE, CLWB and CLRSSBSY
     forms that do not exist               run (:mod:`lasskvm.engine.undefined`)
     ====================================  ==============================================================================
     """
@@ -281,7 +285,9 @@ def is_left_to_emulator(code64: bool, cpl: int, prefixes: int, opcode: int, modr
             if modrm & _MOD_REGISTER == _MOD_REGISTER:
                 writes_base = operation == _WRFSBASE or operation == _WRGSBASE
                 return prefixes & REP != 0 and (writes_base or prefixes & OPERAND_SIZE != 0)
-            return False
+            return operation >= _XSAVE and operation <= _XSAVEOPT
+        if opcode == _GROUP7:
+            return modrm == _XGETBV or modrm == _XSETBV
         if truncated and has_opcode(_NEAR_BRANCHES_TWO_BYTE, second):
             return True
         return not code64 and has_opcode(_SEGMENT_LOADS_TWO_BYTE, second)

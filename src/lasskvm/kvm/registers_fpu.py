@@ -14,28 +14,32 @@ from lasskvm.emulator.fpu import (
     X87_REGISTERS,
     XMM_REGISTERS,
     Fpu,
-    initialize,
     set_control_word,
     set_status_word,
     status_word,
 )
 from lasskvm.emulator.fpu_images import (
-    FXSAVE_BYTES,
     fxsave_image,
     image_mxcsr,
+    initialize_components,
     load_fxsave_image,
 )
 from lasskvm.kvm import structures as api
 from lasskvm.x86.fpu import FOP_MASK, MXCSR_WRITABLE
+from lasskvm.x86.xsave import (
+    COMPONENT_PKRU,
+    COMPONENT_SSE,
+    COMPONENT_X87,
+    PKRU_OFFSET,
+    XSAVE_HEADER,
+    XSAVE_HEADER_BYTES,
+)
 
 __all__ = ["XSAVE_BYTES", "get_fpu", "get_xsave", "set_fpu", "set_xsave"]
 
 #: The size of ``struct kvm_xsave``.
 XSAVE_BYTES = 4096
-_HEADER_BYTES = 64
-#: State components: their bits in XSTATE_BV, and where in the region PKRU is (CPUID.(EAX=0DH,ECX=9):EBX).
-_X87, _SSE, _PKRU = 1 << 0, 1 << 1, 1 << 9
-_PKRU_OFFSET = 2688
+#: Bytes of the register itself; it has more room.
 _PKRU_BYTES = 4
 _WORD_BYTES = 8
 
@@ -73,11 +77,11 @@ def get_xsave(fpu: Fpu, pkru: int | None) -> bytes:
     region = bytearray(XSAVE_BYTES)
     image = fxsave_image(fpu, wide_pointers=True)
     region[: len(image)] = image
-    components = _X87 | _SSE
+    components = COMPONENT_X87 | COMPONENT_SSE
     if pkru is not None:
-        components |= _PKRU
-        region[_PKRU_OFFSET : _PKRU_OFFSET + _PKRU_BYTES] = pkru.to_bytes(_PKRU_BYTES, "little")
-    region[FXSAVE_BYTES : FXSAVE_BYTES + _WORD_BYTES] = components.to_bytes(_WORD_BYTES, "little")
+        components |= COMPONENT_PKRU
+        region[PKRU_OFFSET : PKRU_OFFSET + _PKRU_BYTES] = pkru.to_bytes(_PKRU_BYTES, "little")
+    region[XSAVE_HEADER : XSAVE_HEADER + _WORD_BYTES] = components.to_bytes(_WORD_BYTES, "little")
     return bytes(region)
 
 
@@ -88,30 +92,32 @@ def set_xsave(fpu: Fpu, region: bytes, has_pkru: bool) -> int:
     changed, for components that the guest cannot have, the compacted format, and reserved bits.
     """
     region = region[:XSAVE_BYTES].ljust(XSAVE_BYTES, b"\0")
-    header = region[FXSAVE_BYTES : FXSAVE_BYTES + _HEADER_BYTES]
+    header = region[XSAVE_HEADER : XSAVE_HEADER + XSAVE_HEADER_BYTES]
     components = int.from_bytes(header[:_WORD_BYTES], "little")
-    if components & ~(_X87 | _SSE | _PKRU * has_pkru):
+    if components & ~(COMPONENT_X87 | COMPONENT_SSE | COMPONENT_PKRU * has_pkru):
         raise _refusal(f"XSTATE_BV {components:#x} names what the guest's processor does not have")
     if any(header[_WORD_BYTES:]):
         raise _refusal("the region is not in the standard format; XCOMP_BV and reserved bytes must be 0")
-    if components & _SSE:
+    if components & COMPONENT_SSE:
         _check_mxcsr(image_mxcsr(region), "KVM_SET_XSAVE")
-    _load_legacy_area(fpu, region[:FXSAVE_BYTES], components)
-    if not components & _PKRU:
+    _load_legacy_area(fpu, region[:XSAVE_HEADER], components)
+    if not components & COMPONENT_PKRU:
         return 0
-    return int.from_bytes(region[_PKRU_OFFSET : _PKRU_OFFSET + _PKRU_BYTES], "little")
+    return int.from_bytes(region[PKRU_OFFSET : PKRU_OFFSET + _PKRU_BYTES], "little")
 
 
 def _load_legacy_area(fpu: Fpu, image: bytes, components: int) -> None:
-    # Both components come from the image; one that is not in use gets its initial state afterwards. MXCSR has none.
-    load_fxsave_image(fpu, image, wide_pointers=True, with_mxcsr=bool(components & _SSE))
-    if not components & _X87:
-        initialize(fpu)
-        for number in range(X87_REGISTERS):
-            fpu.registers[number] = 0
-    if not components & _SSE:
-        for number in range(XMM_REGISTERS):
-            fpu.xmm[number] = 0
+    # MXCSR, which processors load in any case, comes with the XMM registers here.
+    has_sse = components & COMPONENT_SSE != 0
+    load_fxsave_image(
+        fpu,
+        image,
+        wide_pointers=True,
+        xmm_registers=XMM_REGISTERS if has_sse else 0,
+        with_mxcsr=has_sse,
+        with_x87=components & COMPONENT_X87 != 0,
+    )
+    initialize_components(fpu, ~components)
 
 
 def _check_mxcsr(value: int, ioctl: str) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lasskvm.kvm.vcpu import Vcpu
     from lasskvm.kvm.vm import Vm
 
-__all__ = ["load_vm", "restore_vm", "save_vm", "saved_clock"]
+__all__ = ["load_vm", "restore_vm", "save_vm", "saved_clock", "saved_cpuid"]
 
 _FPU_SCALARS = ("mxcsr", "fcw", "fsw", "top", "ftw", "fop", "fip", "fdp")
 _VIRTUAL, _HOST = "virtual", "host"
@@ -75,6 +75,11 @@ def saved_clock(document: Document) -> HostClock | None:
     """The clock for a VM to be restored from *document*; None for the deterministic one."""
     clock = document["clock"]
     return HostClock(clock["now_ns"]) if clock["kind"] == _HOST else None
+
+
+def saved_cpuid(document: Document) -> list[CpuidEntry]:
+    """The CPUID of the vCPU in *document*."""
+    return [CpuidEntry(*entry) for entry in document["vcpu"]["cpuid"]]
 
 
 def restore_vm(vm: Vm, document: Document) -> None:

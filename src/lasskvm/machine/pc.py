@@ -26,7 +26,7 @@ from lasskvm.kvm.exits import Exit, FailEntryExit, SystemEventExit, UnknownExit
 from lasskvm.kvm.irqchip.routing import pc_routes
 from lasskvm.kvm.providers import Provider
 from lasskvm.kvm.snapshot import Document, open_snapshot
-from lasskvm.kvm.snapshot_state import restore_vm, saved_clock
+from lasskvm.kvm.snapshot_state import restore_vm, saved_clock, saved_cpuid
 from lasskvm.machine.boot import Entry, place_firmware, shadow_firmware
 from lasskvm.machine.description import describe, place_acpi_tables
 from lasskvm.machine.ending import STATUS_CRASHED, STATUS_TIMEOUT, End, Ending
@@ -99,6 +99,7 @@ class Pc:
         self._on_reset, self._on_shutdown = on_reset, on_shutdown
         self._firmware = firmware
         self._requests = tuple(devices)
+        self._memory_size = memory_size
         self._ending: Ending | None = None
         self._reset_wanted = False
         self._exits_since_turn = 0
@@ -132,6 +133,7 @@ class Pc:
     ) -> Self:
         """The PC in the snapshot file *path*, on the soft provider, with the engine and kind of clock it had.
 
+        With firmware it starts again at a reset; an image is not in the file, so that a reset ends the run otherwise.
         Raises :class:`SnapshotError` for a file that is no snapshot of a PC, damaged, cut off or of a newer version.
         """
         path = Path(path)
@@ -139,7 +141,7 @@ class Pc:
             machine, vm_document = machine_of(snapshot.document, path), snapshot.document["vm"]
             pc = cls(
                 machine["memory_size"],
-                # The CPUID that the vCPU had follows with its state.
+                # The CPUID that the vCPU had follows.
                 parse_cpu("max"),
                 output=output,
                 idle=idle,
@@ -152,6 +154,8 @@ class Pc:
                 on_shutdown=machine["on_shutdown"],
             )
             assert isinstance(pc.vm, Vm)
+            pc.vcpu.set_cpuid2(saved_cpuid(vm_document))
+            pc._power_on = PowerOnState.capture(pc.vm, pc.vcpu)
             snapshot.load_memory(pc.vm.memory)
             restore_vm(pc.vm, vm_document)
             pc._restore(machine)
@@ -176,20 +180,23 @@ class Pc:
     def run(self, timeout: float | None = None) -> Ending:
         """Run until the guest ends, or for *timeout* seconds of the host's time.
 
-        Raises only what *output* and *idle* raise, and :class:`~lasskvm.errors.HostError` when the host
-        cannot run guests.
+        Raises only what *output*, *idle* and, at a reset, the loading of the image raise, and
+        :class:`~lasskvm.errors.HostError` when the host cannot run guests.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._ending is None:
             if self._reset_wanted:
                 self._reset()
+                # A guest that does nothing but start again gets no other.
+                self._take_a_turn(IntrExit(), deadline)
+                continue
             self.vcpu.immediate_exit = False
             vm_exit = self._board.run()
             if isinstance(vm_exit, IntrExit):
                 self._take_a_turn(vm_exit, deadline)
                 continue
             self._answer(vm_exit)
-            if isinstance(vm_exit, IoExit | MmioExit):
+            if isinstance(vm_exit, IoExit | MmioExit) and not self._reset_wanted:
                 self._turn_when_due(deadline)
         return self._ending
 
@@ -226,11 +233,13 @@ class Pc:
         ending, self._ending = self._ending, None
         if isinstance(self.vm, Vm):
             self._complete_last_exit()
+            if self._reset_wanted:
+                self._reset()
         self._ending = self._ending or ending
         if self._ending is not None and self._ending.end not in _RESUMABLE:
             raise SnapshotError(f"the machine cannot be saved, it is at its end: {self._ending.end.value}")
         machine = {
-            "memory_size": sum(slot.size for slot in self.vm.memory),
+            "memory_size": self._memory_size,
             "devices": device_states(self.hardware.saved),
             "firmware_bytes": 0 if self._firmware is None else len(self._firmware),
             "requests": [tuple(vars(request).values()) for request in self._requests],

@@ -12,6 +12,7 @@ from lasskvm.conformance.cases.common import (
     Instruction,
     two_sides,
 )
+from lasskvm.conformance.setup import Bytes
 from lasskvm.x86.registers import CR4_OSXSAVE, RFLAGS_AC
 
 __all__ = ["CASES"]
@@ -27,6 +28,7 @@ _XSAVE: dict[str, Any] = {
     "registers": {"rax": 1, "rdx": 0},
     "more": {"cr4": CR4_OSXSAVE},
 }
+_XSAVEOPT = {**_XSAVE, "needs": ("xsave", "xsaveopt")}
 
 
 def _i(name: str, program: str, effect: Effect = Effect.READ, **more: object) -> Instruction:
@@ -51,7 +53,12 @@ _INSTRUCTIONS = two_sides(
         _i("ldmxcsr", "access: ldmxcsr [rbx]", content=(0x1F80).to_bytes(4, "little")),
         _i("stmxcsr", "access: stmxcsr [rbx]", _W),
         _i("xsave", "access: xsave [rbx]", _W, content=bytes(576), **_XSAVE),
+        _i("xsave64", "access: xsave64 [rbx]", _W, content=bytes(576), **_XSAVE),
+        _i("xsave-rbp", "access: xsave [rbp]", _W, at="rbp", stack=True, content=bytes(576), **_XSAVE),
+        _i("xsaveopt", "fninit; fld1; access: xsaveopt [rbx]", _W, content=bytes(576), **_XSAVEOPT),
         _i("xrstor", "access: xrstor [rbx]", content=_XSAVE_IMAGE, **_XSAVE),
+        _i("xrstor64", "access: xrstor64 [rbx]", content=_XSAVE_IMAGE, **_XSAVE),
+        _i("xrstor-rbp", "access: xrstor [rbp]", at="rbp", stack=True, content=_XSAVE_IMAGE, **_XSAVE),
     ),
 )
 
@@ -70,6 +77,24 @@ _SPECIAL = (
         id=f"{_GROUP}/fxsave-misaligned", group=_GROUP,
         words="a misaligned operand is #GP(0), too; nothing is written", program="access: fxsave [rbx]",
         registers={"rbx": LOW_SUPERVISOR + 8}, operand=LOW_SUPERVISOR, lass=gp(), off=gp(),
+    ),
+    Case(
+        id=f"{_GROUP}/xsave-ac1", group=_GROUP, words="with AC=1 the kernel saves extended state to user memory",
+        program="access: xsave [rbx]", registers={"rbx": LOW_USER, "rax": 1, "rdx": 0}, rflags=RFLAGS_AC,
+        operand=LOW_USER, mmio=(LOW_USER,), cr4=CR4_OSXSAVE, needs=frozenset({"xsave"}),
+        lass=completes(_W), off=completes(_W),
+    ),
+    Case(
+        id=f"{_GROUP}/xrstor-own-half", group=_GROUP, words="the kernel restores extended state from its own memory",
+        program="access: xrstor [rbx]", registers={"rbx": HIGH_SUPERVISOR, "rax": 1, "rdx": 0},
+        setup=(Bytes(HIGH_SUPERVISOR, _XSAVE_IMAGE),), operand=HIGH_SUPERVISOR, mmio=(HIGH_SUPERVISOR,),
+        cr4=CR4_OSXSAVE, needs=frozenset({"xsave"}), lass=completes(Effect.READ), off=completes(Effect.READ),
+    ),
+    Case(
+        id=f"{_GROUP}/xsave-misaligned", group=_GROUP,
+        words="an operand that is not aligned to 64 bytes is #GP(0), too; nothing is written",
+        program="access: xsave [rbx]", registers={"rbx": LOW_SUPERVISOR + 32, "rax": 1, "rdx": 0},
+        operand=LOW_SUPERVISOR, cr4=CR4_OSXSAVE, needs=frozenset({"xsave"}), lass=gp(), off=gp(),
     ),
 )  # fmt: skip
 

@@ -38,6 +38,7 @@ from lasskvm.emulator.instructions import (
     tables,
     x87,
     x87_arithmetic,
+    xsave,
 )
 from lasskvm.emulator.operation import Builder, Handler
 
@@ -66,6 +67,7 @@ PLAIN: dict[int, Builder] = {
     **status_flags.PLAIN,
     **x87.PLAIN,
     **x87_arithmetic.PLAIN,
+    **xsave.PLAIN,
 }
 #: Instructions that set RIP, compiled.
 TRANSFERS: dict[int, Builder] = {**near_branches.TRANSFERS, **strings.TRANSFERS}
@@ -82,6 +84,7 @@ HANDLERS: dict[int, Handler] = {
     **selectors.HANDLERS,
     **stack.HANDLERS,
     **tables.HANDLERS,
+    **xsave.HANDLERS,
 }
 #: Handlers of single forms, which come before the tables by mnemonic.
 BY_CODE: dict[int, Handler] = {

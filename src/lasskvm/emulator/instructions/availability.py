@@ -14,6 +14,7 @@ from lasskvm.x86.registers import CR0_EM, CR0_MP, CR0_NE, CR0_TS, CR4_OSFXSR
 
 __all__ = [
     "check_mmx",
+    "check_not_switched",
     "check_pending",
     "check_sse",
     "check_sse_and_mmx",
@@ -32,6 +33,12 @@ def check_sse(ctx: Emulation) -> None:
     if words[CR0] & _DISABLED or not words[CR4] & CR4_OSFXSR:
         if words[CR0] & CR0_EM or not words[CR4] & CR4_OSFXSR:
             raise invalid_opcode()
+        raise _device_not_available()
+
+
+def check_not_switched(ctx: Emulation) -> None:
+    """#NM while CR0.TS says that the registers are another task's; for XSAVE and XRSTOR, which CR0.EM does not stop."""
+    if ctx.words[CR0] & CR0_TS:
         raise _device_not_available()
 
 

@@ -13,12 +13,11 @@ from functools import partial
 
 from iced_x86 import Code, Mnemonic
 
-from lasskvm.emulator.accessors import address_of, memory_loader, memory_storer, writer
+from lasskvm.emulator.accessors import memory_loader, memory_storer, writer
 from lasskvm.emulator.context import Emulation
-from lasskvm.emulator.data_access import load_bytes, store_bytes, touch
-from lasskvm.emulator.decode import Decoded, stack_flag
+from lasskvm.emulator.decode import Decoded
 from lasskvm.emulator.faults import general_protection
-from lasskvm.emulator.fpu import XMM_REGISTERS, initialize, set_control_word, status_word
+from lasskvm.emulator.fpu import initialize, set_control_word, status_word
 from lasskvm.emulator.fpu_images import (
     FXSAVE_BYTES,
     FXSAVE_MXCSR,
@@ -31,8 +30,10 @@ from lasskvm.emulator.fpu_images import (
     load_environment,
     load_fxsave_image,
     load_stack_image,
+    saved_xmm_registers,
     stack_image,
 )
+from lasskvm.emulator.instructions.areas import Area
 from lasskvm.emulator.instructions.availability import (
     check_mmx,
     check_sse,
@@ -40,7 +41,6 @@ from lasskvm.emulator.instructions.availability import (
     check_x87,
     check_x87_control,
 )
-from lasskvm.emulator.instructions.vector_operands import check_aligned
 from lasskvm.emulator.modes import in_protected_mode
 from lasskvm.emulator.operation import Builder, Executor
 from lasskvm.lass import WRITE
@@ -51,7 +51,6 @@ from lasskvm.x86.registers import CR4_OSFXSR
 __all__ = ["PLAIN"]
 
 _WIDE_POINTERS = frozenset((Code.FXSAVE64_M512BYTE, Code.FXRSTOR64_M512BYTE))
-_LEGACY_XMM_REGISTERS = 8
 _MXCSR_BYTES = 4
 _STACK_BYTES = 80
 #: Environments with fields of two bytes; those of the other forms have four.
@@ -62,40 +61,12 @@ _NARROW_ENVIRONMENTS = frozenset(
 _Check = Callable[[Emulation], None]
 
 
-class _Area:
-    """The memory operand of an instruction that names an area by its first byte."""
-
-    def __init__(self, decoded: Decoded, size: int) -> None:
-        operand = decoded.operand
-        assert operand is not None
-        self.size = size
-        self.segment = operand.segment
-        self._offset = address_of(decoded)
-        self._flags = stack_flag(decoded)
-
-    def check_aligned(self, ctx: Emulation, flags: int = 0) -> None:
-        check_aligned(ctx, self.segment, self._offset(ctx.words), self.size, self._flags | flags)
-
-    def touch(self, ctx: Emulation) -> None:
-        touch(ctx, self.segment, self._offset(ctx.words), self.size, self._flags | WRITE)
-
-    def load(self, ctx: Emulation) -> bytes:
-        return load_bytes(ctx, self.segment, self._offset(ctx.words), self.size, self._flags)
-
-    def store(self, ctx: Emulation, data: bytes, start: int = 0) -> None:
-        store_bytes(ctx, self.segment, self._offset(ctx.words) + start, data, self._flags)
-
-
 # ------------------------------------------------------------------------------------------------ FXSAVE, FXRSTOR
-
-
-def _xmm_registers(decoded: Decoded) -> int:
-    return XMM_REGISTERS if decoded.bits == 64 else _LEGACY_XMM_REGISTERS
 
 
 def _fxsave(decoded: Decoded) -> Executor:
     """FXSAVE. The bytes behind the XMM registers are left alone, and with CR4.OSFXSR clear the SSE state is too."""
-    area, count = _Area(decoded, FXSAVE_BYTES), _xmm_registers(decoded)
+    area, count = Area(decoded, FXSAVE_BYTES), saved_xmm_registers(decoded.bits)
     wide = decoded.instruction.code in _WIDE_POINTERS
 
     def save(ctx: Emulation) -> None:
@@ -114,7 +85,7 @@ def _fxsave(decoded: Decoded) -> Executor:
 
 def _fxrstor(decoded: Decoded) -> Executor:
     """FXRSTOR: #GP(0) for reserved bits of MXCSR, with nothing loaded."""
-    area, count = _Area(decoded, FXSAVE_BYTES), _xmm_registers(decoded)
+    area, count = Area(decoded, FXSAVE_BYTES), saved_xmm_registers(decoded.bits)
     wide = decoded.instruction.code in _WIDE_POINTERS
 
     def restore(ctx: Emulation) -> None:
@@ -169,7 +140,7 @@ def _has_real_mode_format(ctx: Emulation) -> bool:
 def _fnstenv(decoded: Decoded) -> Executor:
     """FNSTENV stores the environment, then masks all exceptions."""
     width = _field_width(decoded)
-    area = _Area(decoded, environment_bytes(width))
+    area = Area(decoded, environment_bytes(width))
 
     def store(ctx: Emulation) -> None:
         check_x87_control(ctx)
@@ -182,7 +153,7 @@ def _fnstenv(decoded: Decoded) -> Executor:
 
 def _fldenv(decoded: Decoded) -> Executor:
     width = _field_width(decoded)
-    area = _Area(decoded, environment_bytes(width))
+    area = Area(decoded, environment_bytes(width))
 
     def load(ctx: Emulation) -> None:
         check_x87(ctx)
@@ -194,7 +165,7 @@ def _fldenv(decoded: Decoded) -> Executor:
 def _fnsave(decoded: Decoded) -> Executor:
     """FNSAVE stores environment and registers, then initializes both as FNINIT does."""
     width = _field_width(decoded)
-    area = _Area(decoded, environment_bytes(width) + _STACK_BYTES)
+    area = Area(decoded, environment_bytes(width) + _STACK_BYTES)
 
     def save(ctx: Emulation) -> None:
         check_x87_control(ctx)
@@ -209,7 +180,7 @@ def _fnsave(decoded: Decoded) -> Executor:
 def _frstor(decoded: Decoded) -> Executor:
     width = _field_width(decoded)
     size = environment_bytes(width)
-    area = _Area(decoded, size + _STACK_BYTES)
+    area = Area(decoded, size + _STACK_BYTES)
 
     def restore(ctx: Emulation) -> None:
         check_x87(ctx)

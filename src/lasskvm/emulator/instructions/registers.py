@@ -17,7 +17,7 @@ from lasskvm.emulator import control
 from lasskvm.emulator.completion import Handler, complete, require_cpl0
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.decode import Decoded
-from lasskvm.emulator.faults import Unhandleable, general_protection, invalid_opcode
+from lasskvm.emulator.faults import general_protection, invalid_opcode
 from lasskvm.emulator.msrs import MsrAccessNeeded, guest_tsc, read_msr, write_msr
 from lasskvm.emulator.operands import (
     read_operand,
@@ -187,24 +187,6 @@ def _cpuid(ctx: Emulation, decoded: Decoded) -> None:
     complete(ctx, decoded)
 
 
-def _xgetbv(ctx: Emulation, decoded: Decoded) -> None:
-    """#UD while CR4.OSXSAVE is clear, which it is as long as CPUID does not have XSAVE."""
-    words = ctx.words
-    if not words[CR4] & CR4_OSXSAVE:
-        raise invalid_opcode()
-    if words[RCX] & MASK32:
-        raise general_protection()
-    _write_edx_eax(words, words[XCR0])
-    complete(ctx, decoded)
-
-
-def _xsetbv(ctx: Emulation, decoded: Decoded) -> None:
-    """Likewise."""
-    if not ctx.words[CR4] & CR4_OSXSAVE:
-        raise invalid_opcode()
-    raise Unhandleable("XSETBV: extended state is not virtualized")
-
-
 def _write_edx_eax(words: Words, value: int) -> None:
     words[RAX], words[RDX] = value & MASK32, value >> 32
 
@@ -220,8 +202,6 @@ HANDLERS: dict[int, Handler] = {
     Mnemonic.RDTSCP: _rdtscp,
     Mnemonic.RDPMC: _rdpmc,
     Mnemonic.CPUID: _cpuid,
-    Mnemonic.XGETBV: _xgetbv,
-    Mnemonic.XSETBV: _xsetbv,
 }
 
 _SYSTEM_REGISTER_MOVES = (

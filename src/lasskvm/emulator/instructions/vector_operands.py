@@ -204,8 +204,10 @@ def _location(decoded: Decoded) -> tuple[int, int, Callable[[Words], int], bool]
     return operand.segment, stack_flag(decoded), address_of(decoded), is_flat
 
 
-def check_aligned(ctx: Emulation, segment: int, offset: int, size: int, flags: int) -> None:
-    """#GP(0) when the linear address is no multiple of 16; faults of segment and linear address come first."""
-    if linear_address(ctx.words, segment, offset) % _XMM_BYTES:
+def check_aligned(
+    ctx: Emulation, segment: int, offset: int, size: int, flags: int, alignment: int = _XMM_BYTES
+) -> None:
+    """#GP(0) when the linear address is no multiple of *alignment*; faults of segment and linear address come first."""
+    if linear_address(ctx.words, segment, offset) % alignment:
         linearize(ctx, segment, offset, size, flags)
         raise general_protection()
