@@ -14,7 +14,7 @@
 #define LONG_TIME 0xffffffff
 #define SHORT_TIME 100000
 /* In TSC cycles. */
-#define MOMENT 200000ull
+#define MOMENT 50000ull
 #define HAS_APIC FEATURE(1, 0, EDX, 9)
 
 static u8 order[8];
@@ -268,7 +268,7 @@ static void tsc_deadline(void)
 	check(!rdmsr(MSR_TSC_DEADLINE), "IA32_TSC_DEADLINE stays 0 in other modes");
 	apic_write(APIC_LVT_TIMER, TIMER_TSC_DEADLINE | TIMER_VECTOR);
 	asm volatile("mfence");
-	u64 deadline = rdtsc() + 100 * MOMENT;
+	u64 deadline = rdtsc() + 20 * MOMENT;
 	wrmsr(MSR_TSC_DEADLINE, deadline);
 	check(rdmsr(MSR_TSC_DEADLINE) == deadline, "a deadline can be read back");
 	check(!apic_read(APIC_TIMER_CURRENT), "the current count is 0 in this mode");

@@ -27,7 +27,8 @@ static void ports(void)
 	check(cpus == 1, "one processor");
 	check(max_cpus >= cpus, "and not less at most");
 	fw_cfg_item(FW_CFG_RAM_SIZE, &memory, sizeof(memory));
-	check(memory >= 8 << 20 && !(memory & (PAGE_SIZE - 1)), "%lu MiB of memory", memory >> 20);
+	u64 expected = argument("memory") ? number(argument("memory")) : memory >> 20;
+	check(memory >= 8 << 20 && memory == expected << 20, "%lu MiB of memory", memory >> 20);
 	fw_cfg_item(FW_CFG_NONE, text, 4);
 	check(!memcmp(text, "\0\0\0\0", 4), "an item that is not there is zeros");
 }

@@ -52,6 +52,7 @@ enum elcr { ELCR1 = 0x4d0, ELCR2 = 0x4d1 };
 enum { PIC_BASE = 0x90, LINE = 10, SECOND_LINE = 5, RTC_IRQ = 8, CASCADE = 2 };
 enum { LVT_EXTINT = 7 << 8, OCW3_ISR = 0x0b, OCW3_IRR = 0x0a };
 #define PATIENCE 1000000000ull
+#define SEVERAL_PERIODS 3000000ull
 
 static int order[4], taken;
 
@@ -176,7 +177,7 @@ static void pit(void)
 	while (!out2() && rdtsc() - start < PATIENCE)
 		pause();
 	check(out2(), "OUT is high at the end");
-	write_count(0, PIT_MODE2, 1234);
+	write_count(0, PIT_MODE2, 600);
 	outb(PIT_READ_BACK | PIT_NO_COUNT | PIT_READ_BACK_CHANNEL(0), PIT_COMMAND);
 	check((inb(PIT_CHANNEL0) & PIT_STATUS_MODE) == (PIT_BOTH_BYTES | PIT_MODE2), "read-back tells the mode");
 	unmask(1 << 0);
@@ -187,7 +188,7 @@ static void pit(void)
 	interrupts[PIC_BASE] = 0;
 	check(wait_for(&interrupts[PIC_BASE], 1), "mode 0: IRQ 0");
 	start = rdtsc();
-	while (rdtsc() - start < PATIENCE / 100)
+	while (rdtsc() - start < SEVERAL_PERIODS)
 		let_interrupts_in();
 	check(interrupts[PIC_BASE] == 1, "comes once");
 	mask_pic();

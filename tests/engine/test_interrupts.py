@@ -56,9 +56,6 @@ def test_nmi_comes_at_once_and_blocks_the_next_until_iret(guest: Guest) -> None:
     assert guest.stack(guest.vcpu.get_regs().rsp, 1) == [KERNEL_CODE]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a blocked NMI is delivered at the next exit and not as soon as IRET unblocks it"
-)
 def test_blocked_nmi_comes_right_behind_iret(guest: Guest) -> None:
     guest.start(
         "loop: inc rcx; jmp loop; handler: inc r8; mov r9, rcx; out 0x99, al; iretq",

@@ -19,11 +19,14 @@ SUMMARY = re.compile(r"SUMMARY: (\d+) passed, (\d+) failed, (\d+) skipped")
 IMAGES = sorted(path.stem for path in SOURCES.glob("*.c"))
 #: Needs to be told what to do.
 ON_REQUEST = {"reset"}
+#: Features that the default CPU model leaves out.
+CPUS = {"lam": "max,+lam"}
 
 
+@pytest.mark.parametrize("engine", ["jit", "emulator"])
 @pytest.mark.parametrize("image", [name for name in IMAGES if name not in ON_REQUEST])
-def test_every_check_of_the_image_holds(run_image: RunImage, image: str) -> None:
-    run = run_image(image)
+def test_every_check_of_the_image_holds(run_image: RunImage, image: str, engine: str) -> None:
+    run = run_image(image, options=("--engine", engine, "--cpu", CPUS.get(image, "max")))
 
     assert run.failures == []
     summary = SUMMARY.fullmatch(run.lines[-1])
@@ -99,6 +102,25 @@ def test_a_word_of_the_command_line_selects_a_subject(run_image: RunImage) -> No
 
     assert any("mode 0" in line for line in run.lines)
     assert not any("CMOS" in line for line in run.lines)
+
+
+def test_modules_are_loaded_beside_the_image(run_image: RunImage, tmp_path: Path) -> None:
+    module = tmp_path / "module"
+    module.write_text("module of some bytes")
+
+    options = ("--module", f"{module},with arguments", "--module", str(module))
+    run = run_image("multiboot", "modules", "modules=2", options=options)
+
+    assert run.failures == []
+    assert any(line.endswith(f"20 bytes: {module} with arguments") for line in run.lines)
+    assert run.status == PASSED
+
+
+def test_the_firmware_configuration_has_the_size_of_memory(run_image: RunImage) -> None:
+    run = run_image("fw_cfg", "memory=96", options=("--memory", "96"))
+
+    assert "PASS: 96 MiB of memory" in run.lines
+    assert run.failures == []
 
 
 def test_no_image_needs_a_header_of_the_host() -> None:

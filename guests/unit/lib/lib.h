@@ -37,6 +37,10 @@ void skip(const char *format, ...) __attribute__((format(printf, 1, 2)));
 bool require(struct feature feature, const char *name);
 /* The value of a word `name=value` of the command line, or NULL. */
 const char *argument(const char *name);
+/* The decimal number at the start of a text. */
+u64 number(const char *text);
+/* The information structure of the boot loader, in 32-bit fields. */
+extern const u32 *boot_info;
 /* Ends the run without a summary. */
 void leave(u32 code) __attribute__((noreturn));
 void summary_and_leave(void) __attribute__((noreturn));

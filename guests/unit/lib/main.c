@@ -12,6 +12,7 @@ enum { EXIT_PORT = 0xf4, EXIT_PASS = 0, EXIT_FAIL = 1 };
 enum { MULTIBOOT_MAGIC = 0x2badb002, MULTIBOOT_HAS_COMMAND_LINE = 1 << 2, MULTIBOOT_COMMAND_LINE = 16 };
 enum { MAX_WORDS = 32, MAX_COMMAND_LINE = 512 };
 
+const u32 *boot_info;
 static int passed, failed, skipped;
 static char command_line[MAX_COMMAND_LINE];
 static const char *words[MAX_WORDS];
@@ -68,6 +69,15 @@ const char *argument(const char *name)
 		if (!strncmp(words[i], name, length) && words[i][length] == '=')
 			return words[i] + length + 1;
 	return NULL;
+}
+
+u64 number(const char *text)
+{
+	u64 value = 0;
+
+	for (; *text >= '0' && *text <= '9'; text++)
+		value = value * 10 + *text - '0';
+	return value;
 }
 
 void leave(u32 code)
@@ -131,9 +141,9 @@ void start_c(u32 magic, u32 info)
 		check(false, "multiboot: EAX is %x on entry", magic);
 		summary_and_leave();
 	}
-	const u32 *fields = direct(info);
-	if (fields[0] & MULTIBOOT_HAS_COMMAND_LINE)
-		split_command_line(direct(fields[MULTIBOOT_COMMAND_LINE / sizeof(u32)]));
+	boot_info = direct(info);
+	if (boot_info[0] & MULTIBOOT_HAS_COMMAND_LINE)
+		split_command_line(direct(boot_info[MULTIBOOT_COMMAND_LINE / sizeof(u32)]));
 	for (const struct subject *subject = subjects; subject->name; subject++)
 		if (is_wanted(subject))
 			subject->run();

@@ -113,6 +113,7 @@ _MISC_ENABLE_WRITABLE = (
     | msr.MISC_ENABLE_LIMIT_CPUID
     | msr.MISC_ENABLE_XD_DISABLE
 )
+_MTRR = ("mtrr",)
 _SPEC_CTRL_FEATURES = ("spec_ctrl", "intel_stibp", "ssbd")
 
 
@@ -174,20 +175,22 @@ def _msr_table() -> dict[int, Msr]:
         msr.MSR_AMD64_NB_CFG: Msr(ignored=MASK64),
         msr.MSR_AMD64_DE_CFG: Msr(default=msr.DE_CFG_LFENCE_SERIALIZE),
         # Memory types: kept, and without effect
-        msr.MSR_IA32_MTRRCAP: Msr(default=_MTRR_CAPABILITIES),
-        msr.MSR_IA32_MTRR_DEF_TYPE: Msr(writable=check.MTRR_DEF_TYPE_BITS, check=check.mtrr_default_type),
+        msr.MSR_IA32_MTRRCAP: Msr(default=_MTRR_CAPABILITIES, features=_MTRR),
+        msr.MSR_IA32_MTRR_DEF_TYPE: Msr(
+            writable=check.MTRR_DEF_TYPE_BITS, features=_MTRR, check=check.mtrr_default_type
+        ),
     }
     for number in range(_MTRR_VARIABLE_RANGES):
         base, mask = msr.MSR_IA32_MTRR_PHYSBASE0 + 2 * number, msr.MSR_IA32_MTRR_PHYSMASK0 + 2 * number
-        table[base] = Msr(writable=MASK64, check=check.mtrr_base)
-        table[mask] = Msr(writable=MASK64, check=check.mtrr_mask)
+        table[base] = Msr(writable=MASK64, features=_MTRR, check=check.mtrr_base)
+        table[mask] = Msr(writable=MASK64, features=_MTRR, check=check.mtrr_mask)
     fixed = [
         msr.MSR_IA32_MTRR_FIX64K_00000,
         msr.MSR_IA32_MTRR_FIX16K_80000,
         msr.MSR_IA32_MTRR_FIX16K_A0000,
         *range(msr.MSR_IA32_MTRR_FIX4K_C0000, msr.MSR_IA32_MTRR_FIX4K_F8000 + 1),
     ]
-    return table | {index: Msr(writable=MASK64, check=check.mtrr_fixed) for index in fixed}
+    return table | {index: Msr(writable=MASK64, features=_MTRR, check=check.mtrr_fixed) for index in fixed}
 
 
 #: Every MSR with a value of its own, by index. EFER, TSC and TSC_ADJUST, which are computed, are not among

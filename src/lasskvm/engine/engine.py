@@ -25,7 +25,7 @@ from lasskvm.engine.calibration import calibrate, library_function
 from lasskvm.engine.interpose import look_at_instructions, skip_dirty_reset
 from lasskvm.errors import HostError
 from lasskvm.memory import PAGE_CODE, PAGE_SHIFT, PAGE_SIZE, SLOT_WORDS, TABLE_FIRST, GuestMemory, Slot
-from lasskvm.state import VcpuState, Words
+from lasskvm.state import NMI_BLOCKED, VcpuState, Words
 from lasskvm.x86.paging import PhysicalMemory
 
 __all__ = ["Engine", "EngineExit", "PortHandler", "Transmitter"]
@@ -139,6 +139,8 @@ class Engine:
     def run(self) -> EngineExit:
         """Execute guest code from the state words until an exit; the words then hold the state at the exit."""
         self._offer_coalescing()
+        if self.state.words[NMI_BLOCKED] != self._intercepts_iret:
+            self._intercept_instructions()
         self._enter(self._context_address)
         self._take_coalesced()
         if self._error is not None:
@@ -311,11 +313,18 @@ class Engine:
         self._private[vmcb + _VMCB_MSR_MAP : vmcb + _VMCB_MSR_MAP + 8] = (_PRIVATE_GPA + msr_map).to_bytes(
             8, "little"
         )
-        instructions = sum(1 << (code - c.SVM_EXIT_FIRST_INSTRUCTION) for code in _INTERCEPTED)
         private.set_intercepts(
-            self._env, _PRIVATE_GPA + vmcb, instructions, _CR_READS, _CR_WRITES, _ALL_DEBUG_REGISTERS,
-            _ALL_DEBUG_REGISTERS,
-        )  # fmt: skip
+            self._env, _PRIVATE_GPA + vmcb, _CR_READS, _CR_WRITES, _ALL_DEBUG_REGISTERS, _ALL_DEBUG_REGISTERS
+        )
+        self._intercept_instructions()
+
+    def _intercept_instructions(self) -> None:
+        """Intercept what is emulated; while NMIs are blocked also IRET, behind which one that waits is due at once."""
+        self._intercepts_iret = self.state.words[NMI_BLOCKED]
+        codes = (*_INTERCEPTED, c.SVM_EXIT_IRET) if self._intercepts_iret else _INTERCEPTED
+        private.set_instruction_intercepts(
+            self._env, sum(1 << (code - c.SVM_EXIT_FIRST_INSTRUCTION) for code in codes)
+        )
 
     def _hook(self, kind: int, callback: int, instruction: int = 0) -> None:
         handle = ctypes.c_size_t()

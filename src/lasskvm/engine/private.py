@@ -280,16 +280,17 @@ def exception_index_field(cpu: int) -> int:
     return load32(cpu + _CPU_EXCEPTION_INDEX)
 
 
-def set_intercepts(
-    env: int, vmcb_gpa: int, instructions: int, cr_read: int, cr_write: int, dr_read: int, dr_write: int
-) -> None:
-    """Enter SVM guest mode with these intercept masks, as VMCB offsets 0x000 to 0x010, and every exception.
+def set_instruction_intercepts(env: int, instructions: int) -> None:
+    """Intercept *instructions*: bit *n* is SVM exit code 0x60 + n (VMCB offset 0x00C)."""
+    store64(env + _INTERCEPT, instructions)
 
-    *instructions* has bit *n* set for SVM exit code 0x60 + n. ``vmcb_gpa`` is a page whose offset 0x48 holds the
-    address of the MSR permission map.
+
+def set_intercepts(env: int, vmcb_gpa: int, cr_read: int, cr_write: int, dr_read: int, dr_write: int) -> None:
+    """Enter SVM guest mode with these intercept masks, as VMCB offsets 0x000 to 0x008, and every exception.
+
+    ``vmcb_gpa`` is a page whose offset 0x48 holds the address of the MSR permission map.
     """
     store64(env + _VM_VMCB, vmcb_gpa)
-    store64(env + _INTERCEPT, instructions)
     store16(env + _INTERCEPT_CR_READ, cr_read)
     store16(env + _INTERCEPT_CR_WRITE, cr_write)
     store16(env + _INTERCEPT_DR_READ, dr_read)

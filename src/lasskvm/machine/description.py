@@ -9,8 +9,10 @@ from __future__ import annotations
 from lasskvm.machine.acpi import BIOS_AREA_START, AcpiTables
 from lasskvm.machine.devices.cmos_map import describe_machine
 from lasskvm.machine.devices.fw_cfg_items import (
+    BOOT_FAIL_WAIT_FILE,
     E820_FILE,
     SERIAL_CONSOLE_FILE,
+    boot_fail_wait,
     e820_file,
     machine_items,
     serial_console,
@@ -31,6 +33,8 @@ def describe(hardware: Hardware, low_memory: int, high_memory: int) -> None:
     fw_cfg.add_file(E820_FILE, e820_file(low_memory, high_memory))
     # There is no screen: what firmware would show on one goes to the serial port.
     fw_cfg.add_file(SERIAL_CONSOLE_FILE, serial_console(COM1_PORT))
+    # Another try would find as little to boot from.
+    fw_cfg.add_file(BOOT_FAIL_WAIT_FILE, boot_fail_wait(None))
     for name, data in AcpiTables().loader_files().items():
         fw_cfg.add_file(name, data)
 

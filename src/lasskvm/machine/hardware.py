@@ -28,6 +28,7 @@ from lasskvm.machine.devices.rtc import RTC_IRQ, Rtc
 from lasskvm.machine.devices.shutdown_port import ShutdownPort
 from lasskvm.machine.devices.uart16550 import COM1_IRQ, Uart16550
 from lasskvm.machine.optional_devices import DEBUG_CONSOLE, PC_TESTDEV, DeviceRequest
+from lasskvm.machine.output_lines import OutputLines
 from lasskvm.machine.provider import Board
 
 __all__ = ["Hardware", "MachineSignals"]
@@ -66,9 +67,9 @@ class Hardware:
         requests: Iterable[DeviceRequest] = (),
     ) -> None:
         vm, clock = board.vm, board.clock
-        self._output = output
+        self.output_lines = OutputLines(output)
         self._vm = vm
-        self.uart = Uart16550(_line(vm, COM1_IRQ), output)
+        self.uart = Uart16550(_line(vm, COM1_IRQ), self.output_lines.add_console())
         self.rtc = Rtc(clock, _line(vm, RTC_IRQ))
         self.fw_cfg = FwCfg(vm.memory)
         self.test_memory: DeviceMemory | None = None
@@ -81,7 +82,7 @@ class Hardware:
             "reset_control": ResetControl(signals.reset_machine),
         }
         from_exits: dict[str, PortDevice] = {
-            "debug_console": DebugConsole(output),
+            "debug_console": DebugConsole(self.output_lines.add_console()),
             "debug_exit": DebugExit(signals.debug_exit),
             "program_status": ProgramStatus(signals.program_ended),
             "i8042": I8042(signals.reset_machine),
@@ -119,7 +120,8 @@ class Hardware:
             self.test_memory = DeviceMemory()
             board.mmio.register(self.test_memory)
         elif request.name == DEBUG_CONSOLE:
-            device = DebugConsole(self._output, request.iobase or DEBUG_CONSOLE_PORT)
+            console = self.output_lines.add_console()
+            device = DebugConsole(console, request.iobase or DEBUG_CONSOLE_PORT)
         else:
             device = DebugExit(signals.debug_exit, request.iobase, request.iosize)
         if any(

@@ -195,9 +195,12 @@ class Pc:
             if isinstance(vm_exit, IntrExit):
                 self._take_a_turn(vm_exit, deadline)
                 continue
-            self._answer(vm_exit)
+            # A device on the VM's own bus can have ended the guest just before what it exits for.
+            if self._ending is None and not self._reset_wanted:
+                self._answer(vm_exit)
             if isinstance(vm_exit, IoExit | MmioExit) and not self._reset_wanted:
                 self._turn_when_due(deadline)
+        self.hardware.output_lines.flush()
         return self._ending
 
     def _answer(self, vm_exit: Exit) -> None:
@@ -293,6 +296,7 @@ class Pc:
         self._last_turn_ns = self.clock.now()
         if self._ending is not None:
             return
+        self.hardware.output_lines.settle()
         if self._save_at is not None and self.clock.now() >= self._save_at[1] and self._board.at_checkpoint:
             self.save(self._save_at[0])
             self._ending = Ending(End.SAVED, 0)

@@ -50,7 +50,7 @@ def _names(text: str) -> frozenset[str]:
 
 #: Features this VMM virtualizes.
 SUPPORTED: frozenset[str] = _names("""
-    fpu de pse tsc msr pae cx8 apic sep pge cmov pat pse36 clflush mmx fxsr sse sse2
+    fpu de pse tsc msr pae cx8 apic sep mtrr pge cmov pat pse36 clflush mmx fxsr sse sse2
     pni pclmulqdq ssse3 cx16 pcid sse4_1 sse4_2 x2apic movbe popcnt tsc_deadline_timer aes xsave hypervisor
     arat
     fsgsbase tsc_adjust smep erms invpcid adx smap umip pku la57 rdpid cldemote pks fsrm serialize lass lam
@@ -65,8 +65,9 @@ SUPPORTED: frozenset[str] = _names("""
 #: - SERIALIZE leaves direct execution; what kernels use in its place does not.
 #: - Kernels have no use for protection keys of supervisor pages.
 #: - Hardly any processor has LAM yet.
+#: - Memory types are kept and have no effect; without firmware to set MTRRs up, kernels complain.
 #: - Where the TSC never stops, Linux prefers it to kvm-clock; QEMU leaves the feature to be asked for, too.
-_ON_REQUEST = _names("la57 erms fsrm serialize pks lam nonstop_tsc")
+_ON_REQUEST = _names("la57 erms fsrm serialize pks lam mtrr nonstop_tsc")
 #: What no AMD processor has. (The TSC deadline and TSC_ADJUST, which they lack as well, KVM gives to their guests.)
 _INTEL_ONLY = _names("lass lam pks cldemote serialize")
 
@@ -77,7 +78,7 @@ _NEEDS: dict[str, str] = {
     "xsave": "sse", "xsaveopt": "xsave", "xgetbv1": "xsave",
     "pse36": "pse", "nx": "pae", "lm": "pae", "syscall": "lm", "lahf_lm": "lm", "pdpe1gb": "lm",
     "la57": "lm", "lass": "lm", "lam": "lm", "pcid": "lm", "fsgsbase": "lm", "pku": "lm", "pks": "lm",
-    "rdtscp": "tsc", "nonstop_tsc": "tsc", "tsc_adjust": "tsc",
+    "mtrr": "msr", "rdtscp": "tsc", "nonstop_tsc": "tsc", "tsc_adjust": "tsc",
     "x2apic": "apic", "arat": "apic", "tsc_deadline_timer": "apic tsc",
     "kvmclock": "hypervisor tsc", "kvmclock2": "hypervisor tsc", "kvmclock_stable_bit": "hypervisor tsc",
     "kvm_nopiodelay": "hypervisor",

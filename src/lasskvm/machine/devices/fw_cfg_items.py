@@ -17,11 +17,13 @@ from lasskvm.machine.boot.layout import FOUR_GIB
 from lasskvm.machine.devices.fw_cfg import FwCfgKey
 
 __all__ = [
+    "BOOT_FAIL_WAIT_FILE",
     "BOOT_MENU_WAIT_FILE",
     "BOOT_ORDER_FILE",
     "E820_FILE",
     "SERIAL_CONSOLE_FILE",
     "Payload",
+    "boot_fail_wait",
     "boot_menu_wait",
     "boot_order",
     "e820_file",
@@ -34,6 +36,9 @@ E820_FILE = "etc/e820"
 SERIAL_CONSOLE_FILE = "etc/sercon-port"
 BOOT_ORDER_FILE = "bootorder"
 BOOT_MENU_WAIT_FILE = "etc/boot-menu-wait"
+BOOT_FAIL_WAIT_FILE = "etc/boot-fail-wait"
+#: As a time to wait.
+_FOR_EVER = 0xFFFF_FFFF
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,11 @@ def serial_console(port: int) -> bytes:
 def boot_menu_wait(milliseconds: int) -> bytes:
     """``etc/boot-menu-wait``: how long the boot menu is offered."""
     return _number(milliseconds, 2)
+
+
+def boot_fail_wait(milliseconds: int | None) -> bytes:
+    """``etc/boot-fail-wait``: when to restart if there is nothing to boot from; None: never, as QEMU has it."""
+    return _number(_FOR_EVER if milliseconds is None else milliseconds, 4)
 
 
 def boot_order(paths: Sequence[str]) -> bytes:

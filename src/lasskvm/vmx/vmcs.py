@@ -1,0 +1,223 @@
+"""A VMCS of L1's: the cached copy that VMPTRLD makes, its format in guest memory, and VMREAD and VMWRITE.
+
+Between VMPTRLD and VMCLEAR the fields are in a :class:`Vmcs12`, and what guest memory says does not matter. L1 owns the
+page, so :meth:`Vmcs12.load` takes any contents: values are made sense of at VM entry, not here.
+
+The format is ours, with :data:`VMCS12_REVISION` as its name; software reads it through VMREAD only. All numbers are
+little-endian; what is not named is kept as zeros.
+
+=======  ==================================================================================
+offset
+=======  ==================================================================================
+0        revision identifier, 4 bytes
+4        VMX-abort indicator, 4 bytes
+8        launch state, 4 bytes: 0 clear, 1 launched
+0x40     16-bit fields, 2 bytes each
+0x140    32-bit fields, 4 bytes each
+0x340    64-bit fields, 8 bytes each
+0x740    natural-width fields, 8 bytes each
+0xB40    end
+=======  ==================================================================================
+
+Each of the four tables has room for 32 fields of each type, in the order control, read-only, guest state, host state; a
+field stands at its index. So a field that is added moves no other.
+
+All fields of :class:`~lasskvm.x86.vmx_fields.VmcsField` exist, whatever the guest's CPUID says, as with KVM.
+
+Source: Intel SDM volume 3C, 25.2 (format of the region), 25.11 (access to fields); the instructions VMREAD and VMWRITE
+in chapter 31; KVM's ``handle_vmread()`` and ``handle_vmwrite()``.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+
+from lasskvm.memory import GuestMemory
+from lasskvm.x86.vmx import (
+    SEGMENT_AR_WRITABLE,
+    VMCS_ABORT_INDICATOR,
+    VMCS_REVISION_ID,
+    VmInstructionError,
+)
+from lasskvm.x86.vmx_fields import (
+    ENCODING_HIGH_ACCESS,
+    FIELD_BYTES,
+    FieldType,
+    FieldWidth,
+    VmcsField,
+    field_index,
+    field_type,
+    field_width,
+    is_high_access,
+)
+
+__all__ = [
+    "VMCS12_REVISION",
+    "VmFailValid",
+    "Vmcs12",
+    "field_offset",
+    "revision_id",
+    "set_abort_indicator",
+    "set_clear",
+]
+
+#: The revision identifier of this format; bit 31 is clear. To change whenever the format does.
+VMCS12_REVISION = int.from_bytes(b"LKV1", "little")
+
+_LAUNCH_STATE = 8
+_CLEAR, _LAUNCHED = 0, 1
+_WORD_BYTES = 4
+
+_ROOM = 32
+_TABLES = {
+    FieldWidth.BITS_16: 0x040,
+    FieldWidth.BITS_32: 0x140,
+    FieldWidth.BITS_64: 0x340,
+    FieldWidth.NATURAL: 0x740,
+}
+_VMCS12_BYTES = 0xB40
+
+_MASK32 = (1 << 32) - 1
+_HIGH_SHIFT = 32
+
+
+def field_offset(field: int) -> int:
+    """Where *field*, an encoding of a full access, is in the region: byte offset."""
+    width = field_width(field)
+    return _TABLES[width] + (field_type(field) * _ROOM + field_index(field)) * FIELD_BYTES[width]
+
+
+#: The fields in the order of their places, and a format string with padding between.
+_FIELDS = tuple(sorted(VmcsField, key=field_offset))
+_FORMAT_CODES = {2: "H", 4: "I", 8: "Q"}
+
+
+def _format() -> struct.Struct:
+    codes, end = ["<3I"], 3 * _WORD_BYTES
+    for field in _FIELDS:
+        size = FIELD_BYTES[field_width(field)]
+        codes.append(f"{field_offset(field) - end}x{_FORMAT_CODES[size]}")
+        end = field_offset(field) + size
+    return struct.Struct("".join(codes) + f"{_VMCS12_BYTES - end}x")
+
+
+_VMCS12 = _format()
+_KEYS = tuple(int(field) for field in _FIELDS)
+_MASKS = {int(field): (1 << 8 * FIELD_BYTES[field_width(field)]) - 1 for field in VmcsField}
+_READ_ONLY = frozenset(key for key in _KEYS if field_type(key) == FieldType.READ_ONLY)
+_ACCESS_RIGHTS = frozenset(range(VmcsField.GUEST_ES_AR_BYTES, VmcsField.GUEST_TR_AR_BYTES + 1, 2))
+
+
+class VmFailValid(Exception):
+    """A VMX instruction ends in VMfailValid: RFLAGS.ZF is set, and *error* goes into the current VMCS (SDM 31.2)."""
+
+    def __init__(self, error: VmInstructionError) -> None:
+        self.error = error
+        super().__init__(error.name)
+
+
+class Vmcs12(Mapping[int, int]):
+    """One VMCS of L1's while it is active: a value for each :class:`VmcsField`, launch state and abort indicator.
+
+    Indexing is the processor's own access, by field; a value that is stored loses what the field has no room for.
+    :meth:`read` and :meth:`write` are VMREAD and VMWRITE.
+
+    >>> vmcs = Vmcs12()
+    >>> vmcs.write(0x2001, 5, any_field=False)
+    >>> hex(vmcs[VmcsField.IO_BITMAP_A]), vmcs.read(0x2001)
+    ('0x500000000', 5)
+    """
+
+    def __init__(self) -> None:
+        self._values = dict.fromkeys(_KEYS, 0)
+        #: Whether VMLAUNCH has succeeded since the last VMCLEAR.
+        self.launched = False
+        #: The VMX-abort indicator, a :class:`~lasskvm.x86.vmx.VmxAbort` or 0.
+        self.abort = 0
+
+    def __getitem__(self, field: int) -> int:
+        return self._values[field]
+
+    def __setitem__(self, field: int, value: int) -> None:
+        self._values[field] = value & _MASKS[field]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Vmcs12):
+            return NotImplemented
+        mine, theirs = ((vmcs.launched, vmcs.abort, vmcs._values) for vmcs in (self, other))
+        return mine == theirs
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @classmethod
+    def load(cls, memory: GuestMemory, gpa: int) -> Vmcs12:
+        """The VMCS at guest-physical *gpa*, page-aligned, whatever is there.
+
+        The revision identifier is the caller's to compare: VMPTRLD fails for another one with error 11.
+        """
+        vmcs = cls()
+        _, vmcs.abort, launch_state, *values = _VMCS12.unpack(memory.read(gpa, _VMCS12_BYTES))
+        vmcs.launched = launch_state == _LAUNCHED
+        vmcs._values = dict(zip(_KEYS, values, strict=True))
+        return vmcs
+
+    def store(self, memory: GuestMemory, gpa: int) -> None:
+        """Write everything to guest-physical *gpa*, page-aligned; lost where no memory, or none that L1 may write, is."""
+        launch_state = _LAUNCHED if self.launched else _CLEAR
+        data = _VMCS12.pack(VMCS12_REVISION, self.abort, launch_state, *map(self._values.__getitem__, _KEYS))
+        memory.store_bytes(gpa, data)
+
+    def read(self, encoding: int) -> int:
+        """VMREAD: the field that *encoding*, 64 bits, names, or its upper half; zero-extended.
+
+        Raises :class:`VmFailValid` with error 12 when there is no such field. Outside 64-bit mode the operands are 32
+        bits wide; the caller cuts the value.
+        """
+        value = self._values[_supported(encoding)]
+        return value >> _HIGH_SHIFT if is_high_access(encoding) else value
+
+    def write(self, encoding: int, value: int, *, any_field: bool) -> None:
+        """VMWRITE of *value*, 64 bits (outside 64-bit mode a zero-extended 32-bit operand).
+
+        Bits that the field has no room for are ignored; the upper half of a 64-bit field takes the lower 32 bits.
+        *any_field* is bit 29 of IA32_VMX_MISC: read-only fields are written like others. Raises :class:`VmFailValid` with
+        error 12 when there is no such field, and 13 when it is read-only, with nothing changed.
+        """
+        field = _supported(encoding)
+        if field in _READ_ONLY and not any_field:
+            raise VmFailValid(VmInstructionError.VMWRITE_READ_ONLY_VMCS_COMPONENT)
+        if field in _ACCESS_RIGHTS:
+            value &= SEGMENT_AR_WRITABLE
+        if is_high_access(encoding):
+            value = (value & _MASK32) << _HIGH_SHIFT | self._values[field] & _MASK32
+        self[field] = value
+
+
+def _supported(encoding: int) -> int:
+    """The field that *encoding* names, as an encoding of its full access. Only 64-bit fields have an upper half."""
+    field = encoding & ~ENCODING_HIGH_ACCESS
+    if field not in _MASKS or (is_high_access(encoding) and field_width(field) != FieldWidth.BITS_64):
+        raise VmFailValid(VmInstructionError.UNSUPPORTED_VMCS_COMPONENT)
+    return field
+
+
+def set_clear(memory: GuestMemory, gpa: int) -> None:
+    """VMCLEAR of a VMCS that is not current: its launch state in guest memory becomes "clear", nothing else changes."""
+    memory.store(gpa + _LAUNCH_STATE, _WORD_BYTES, _CLEAR)
+
+
+def set_abort_indicator(memory: GuestMemory, gpa: int, indicator: int) -> None:
+    """Write the VMX-abort indicator of the VMCS at *gpa*, where software finds it behind the shutdown."""
+    memory.store(gpa + VMCS_ABORT_INDICATOR, _WORD_BYTES, indicator)
+
+
+def revision_id(memory: GuestMemory, gpa: int) -> int:
+    """The first word of the region at *gpa*: revision identifier, and the shadow-VMCS indicator in bit 31."""
+    return memory.load(gpa + VMCS_REVISION_ID, _WORD_BYTES)

@@ -1,0 +1,91 @@
+"""Every CPU feature that is offered works, and what a guest loses without it is gone: a probe for each.
+
+The features stand in :data:`PROBES`, by name; one without a probe cannot be offered. Corners of each feature are tested
+where the feature lives; here it is asked, on both engines and for every CPU model, whether it is there at all.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+from features import instruction_sets, memory, system_registers, timers
+from features.probe import Probe, cpu_with, make_guest, prepared, shows
+
+from lasskvm.conformance import layout
+from lasskvm.conformance.guest import Guest
+from lasskvm.kvm import ExecutionEngine
+from lasskvm.x86.cpu_models import SUPPORTED, list_models
+
+PROBES: dict[str, Probe] = (
+    instruction_sets.PROBES | system_registers.PROBES | memory.PROBES | timers.PROBES
+)
+NAMES = sorted(SUPPORTED)
+ENGINES: tuple[ExecutionEngine, ...] = ("jit", "emulator")
+#: Guests with the usual features, which many probes share.
+_KEPT_GUESTS = 8
+
+
+@lru_cache(_KEPT_GUESTS)
+def kept_guest(engine: ExecutionEngine, cpu: str, levels: int, irqchip: bool) -> Guest:
+    return make_guest(engine, cpu, levels=levels, irqchip=irqchip)
+
+
+def guest_with(engine: ExecutionEngine, model: str, name: str) -> Guest:
+    probe = PROBES[name]
+    return prepared(kept_guest(engine, cpu_with(model, name), probe.levels, probe.irqchip))
+
+
+def guest_without(engine: ExecutionEngine, name: str) -> Guest:
+    return make_guest(engine, f"max,-{name}", levels=layout.DEFAULT_LEVELS, irqchip=PROBES[name].irqchip)
+
+
+def models_and_features() -> list[tuple[str, str]]:
+    return [(model.name, name) for name in NAMES for model in list_models() if name in model.available]
+
+
+def without_each() -> list[object]:
+    """Engine and feature; what direct execution runs all the same is known (``docs/differences.md``)."""
+    return [
+        pytest.param(engine, name, marks=_known_difference(engine, PROBES[name]))
+        for engine in ENGINES
+        for name in NAMES
+    ]
+
+
+def _known_difference(engine: ExecutionEngine, probe: Probe) -> list[pytest.MarkDecorator]:
+    if engine == "jit" and probe.runs_anyway:
+        return [pytest.mark.xfail(strict=True, reason=probe.runs_anyway)]
+    return []
+
+
+def test_every_feature_that_is_offered_has_a_probe() -> None:
+    assert set(PROBES) == SUPPORTED
+
+
+def test_no_feature_has_two_probes() -> None:
+    tables = (instruction_sets.PROBES, system_registers.PROBES, memory.PROBES, timers.PROBES)
+    assert sum(map(len, tables)) == len(PROBES)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("model", "name"), models_and_features())
+def test_a_feature_that_is_offered_works(engine: ExecutionEngine, model: str, name: str) -> None:
+    guest = guest_with(engine, model, name)
+    assert shows(guest, name)
+    PROBES[name].works(prepared(guest))
+
+
+@pytest.mark.parametrize(("engine", "name"), without_each())
+def test_a_feature_that_is_taken_away_is_gone(engine: ExecutionEngine, name: str) -> None:
+    guest = guest_without(engine, name)
+    assert not shows(guest, name)
+    probe = PROBES[name]
+    if probe.gone is not None:
+        probe.gone(prepared(guest))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name in PROBES and PROBES[name].only_cpuid])
+def test_a_feature_that_is_only_a_cpuid_bit_does_no_less_without_it(name: str) -> None:
+    guest = guest_without("emulator", name)
+    PROBES[name].works(prepared(guest))
