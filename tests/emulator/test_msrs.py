@@ -44,7 +44,7 @@ def rejects_read(guest: Guest, index: int) -> bool:
     return caught.value.vector == GP
 
 
-def without_features(guest: Guest, text: str) -> Guest:
+def with_cpu(guest: Guest, text: str) -> Guest:
     guest.ctx.cpuid = CpuidTable(parse_cpu(text).entries())
     return guest
 
@@ -127,13 +127,13 @@ def test_sfmask_and_tsc_aux_have_32_bits(guest: Guest) -> None:
 
 
 def test_tsc_aux_needs_rdtscp_or_rdpid(guest: Guest) -> None:
-    without_features(guest, "max,-rdtscp,-rdpid")
+    with_cpu(guest, "max,-rdtscp,-rdpid")
     assert rejects_read(guest, msr.MSR_IA32_TSC_AUX)
     assert rejects_write(guest, msr.MSR_IA32_TSC_AUX, 0)
 
 
 def test_host_reaches_what_cpuid_hides_and_what_is_read_only(guest: Guest) -> None:
-    without_features(guest, "max,-rdtscp")
+    with_cpu(guest, "max,-rdtscp")
     write_msr(guest.ctx, msr.MSR_IA32_TSC_AUX, 3, host_initiated=True)
     assert read_msr(guest.ctx, msr.MSR_IA32_TSC_AUX, host_initiated=True) == 3
     write_msr(guest.ctx, msr.MSR_PLATFORM_INFO, 0, host_initiated=True)
@@ -147,7 +147,13 @@ def test_pat_takes_only_memory_types(guest: Guest, memory_type: int) -> None:
     assert guest.words[PAT] == 0x0007010600070106
 
 
+def test_without_the_feature_there_are_no_mtrrs(guest: Guest) -> None:
+    for index in (msr.MSR_IA32_MTRRCAP, msr.MSR_IA32_MTRR_DEF_TYPE, msr.MSR_IA32_MTRR_PHYSBASE0):
+        assert rejects_read(guest, index)
+
+
 def test_uc_minus_is_a_pat_type_and_no_mtrr_type(guest: Guest) -> None:
+    with_cpu(guest, "max,+mtrr")
     write_msr(guest.ctx, msr.MSR_IA32_PAT, 7)
     assert rejects_write(guest, msr.MSR_IA32_MTRR_FIX64K_00000, 7)
     write_msr(guest.ctx, msr.MSR_IA32_MTRR_FIX64K_00000, 0x0606060606060606)
@@ -155,6 +161,7 @@ def test_uc_minus_is_a_pat_type_and_no_mtrr_type(guest: Guest) -> None:
 
 
 def test_mtrr_ranges_have_reserved_bits_above_maxphyaddr(guest: Guest) -> None:
+    with_cpu(guest, "max,+mtrr")
     too_high = 1 << guest.words[MAXPHYADDR]
     assert rejects_write(guest, msr.MSR_IA32_MTRR_PHYSBASE0, too_high)
     assert rejects_write(guest, msr.MSR_IA32_MTRR_PHYSMASK0, too_high)
@@ -166,6 +173,7 @@ def test_mtrr_ranges_have_reserved_bits_above_maxphyaddr(guest: Guest) -> None:
 
 
 def test_read_only_msrs_cannot_be_written_even_with_their_own_value(guest: Guest) -> None:
+    with_cpu(guest, "max,+mtrr")
     for index in (msr.MSR_PLATFORM_INFO, msr.MSR_IA32_MTRRCAP, msr.MSR_IA32_FEATURE_CONTROL):
         assert rejects_write(guest, index, read_msr(guest.ctx, index))
 
@@ -226,7 +234,7 @@ def test_what_kernels_look_at_on_amds_processors_is_there(guest: Guest) -> None:
 
 
 def test_tsc_adjust_needs_cpuid(guest: Guest) -> None:
-    without = without_features(guest, "max,-tsc_adjust")
+    without = with_cpu(guest, "max,-tsc_adjust")
     assert rejects_read(without, msr.MSR_IA32_TSC_ADJUST)
     assert rejects_write(without, msr.MSR_IA32_TSC_ADJUST, 0)
 

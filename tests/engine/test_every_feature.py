@@ -20,7 +20,8 @@ from lasskvm.x86.cpu_models import SUPPORTED, list_models
 PROBES: dict[str, Probe] = (
     instruction_sets.PROBES | system_registers.PROBES | memory.PROBES | timers.PROBES
 )
-NAMES = sorted(SUPPORTED)
+#: What lacks a probe fails a test of its own.
+NAMES = sorted(SUPPORTED & PROBES.keys())
 ENGINES: tuple[ExecutionEngine, ...] = ("jit", "emulator")
 #: Guests with the usual features, which many probes share.
 _KEPT_GUESTS = 8
@@ -85,7 +86,7 @@ def test_a_feature_that_is_taken_away_is_gone(engine: ExecutionEngine, name: str
         probe.gone(prepared(guest))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name in PROBES and PROBES[name].only_cpuid])
+@pytest.mark.parametrize("name", [name for name in NAMES if PROBES[name].only_cpuid])
 def test_a_feature_that_is_only_a_cpuid_bit_does_no_less_without_it(name: str) -> None:
     guest = guest_without("emulator", name)
     PROBES[name].works(prepared(guest))

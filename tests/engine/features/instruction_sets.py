@@ -6,11 +6,9 @@ import struct
 
 from features.probe import (
     Probe,
-    all_of,
     completed,
     faults,
     is_undefined,
-    is_undefined_in_protected_mode,
     result_of,
     sse_result_of,
 )
@@ -45,8 +43,9 @@ def singles(*values: float) -> bytes:
     return struct.pack(f"<{len(values)}f", *values)
 
 
-def integers(size: str, *values: int) -> bytes:
-    return struct.pack(f"<{len(values)}{size}", *values)
+def integers(layout: str, *values: int) -> bytes:
+    """*values* in memory, as :mod:`struct` understands *layout*."""
+    return struct.pack(f"<{layout}", *values)
 
 
 def number(hexadecimal: str) -> bytes:
@@ -309,10 +308,6 @@ def _serialize(guest: Guest) -> None:
     # MOV EAX, imm32: the immediate is its second byte.
     found = completed(guest, "mov byte [rcx + patched + 1], 9; serialize; patched: mov eax, 1", cpl=3, rcx=0)
     assert found.rax == 9
-
-
-def _on_memory(*instructions: str) -> tuple[str, ...]:
-    return tuple(f"{instruction}, [rbx]" for instruction in instructions)
 
 
 PROBES = {

@@ -184,16 +184,6 @@ def is_undefined(*sources: str, registers: Mapping[str, int] | None = None, ac: 
     return judge
 
 
-def is_undefined_in_protected_mode(*sources: str) -> Judgement:
-    """The same for 32-bit code, where there is no other."""
-
-    def judge(guest: Guest) -> None:
-        for source in sources:
-            assert in_protected_mode(guest, f"{source}; hlt", rbx=HIGH_SUPERVISOR_PAGE) == UD, source
-
-    return judge
-
-
 def has_no_msr(*indices: int) -> Judgement:
     """RDMSR and WRMSR of each of *indices* are #GP(0)."""
 
