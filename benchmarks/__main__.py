@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import boot, emulator, engine, guest, machines, verify
+from benchmarks import boot, emulator, engine, guest, machines, unit, verify
 from benchmarks.context import Context
 from benchmarks.rows import BenchmarkError, Row
 from benchmarks.table import notes, render
@@ -30,6 +30,7 @@ from lasskvm.errors import LassKvmError
 #: The benchmarks, by the name for ``--only``, in the order of the table.
 BENCHMARKS: dict[str, Callable[[Context], list[Row]]] = {
     "boot": boot.run,
+    "unit": unit.run,
     "guest": guest.run,
     "engine": engine.run,
     "emulator": emulator.run,

@@ -17,9 +17,11 @@ __all__ = [
     "QEMU_MISSING",
     "find_qemu",
     "lasskvm",
+    "lasskvm_image",
     "lasskvm_program",
     "lasskvm_version",
     "qemu",
+    "qemu_image",
     "qemu_version",
 ]
 
@@ -51,13 +53,30 @@ def lasskvm_program(image: str, program: Path) -> list[str]:
     return [sys.executable, "-m", "lasskvm", "run", image, "--quiet", "--", str(program)]
 
 
+def lasskvm_image(image: Path) -> list[str]:
+    """This package with the multiboot *image*, which gets its test devices by default."""
+    return [sys.executable, "-m", "lasskvm", "run", str(image), "--memory", str(GUEST_MEMORY_MIB)]
+
+
 def qemu(program: str | None, kernel: Path, initrd: Path) -> list[str] | None:
     """QEMU's TCG with every CPU feature it knows; None when *program*, from :func:`find_qemu`, is None."""
     if program is None:
         return None
-    command = [program, "-accel", "tcg", "-cpu", "max", "-m", str(GUEST_MEMORY_MIB)]
-    command += ["-nographic", "-nodefaults", "-serial", "stdio", "-no-reboot"]
-    return [*command, "-kernel", str(kernel), "-initrd", str(initrd), "-append", COMMAND_LINE]
+    return [*_tcg(program, kernel), "-initrd", str(initrd), "-append", COMMAND_LINE]
+
+
+def qemu_image(program: str | None, image: Path) -> list[str] | None:
+    """The same with a multiboot *image*, and with the devices that tests expect."""
+    if program is None:
+        return None
+    devices = ["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-device", "pc-testdev"]
+    return [*_tcg(program, image), *devices]
+
+
+def _tcg(program: str, kernel: Path) -> list[str]:
+    machine = [program, "-accel", "tcg", "-cpu", "max", "-m", str(GUEST_MEMORY_MIB)]
+    console = ["-nographic", "-nodefaults", "-serial", "stdio", "-no-reboot"]
+    return [*machine, *console, "-kernel", str(kernel)]
 
 
 def find_qemu(path: Path | None) -> str | None:

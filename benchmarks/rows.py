@@ -51,9 +51,10 @@ def compared(
 def limited(
     name: str, ours: float | None, unit: str, *, at_most: float, theirs: float | None = None, note: str = ""
 ) -> Row:
-    """A row whose bar is on our number itself; *theirs* is there for comparison only."""
+    """A row whose bar is on our number itself; *theirs* and the ratio are there for comparison only."""
+    ratio = ours / theirs if ours is not None and theirs else None
     holds = None if ours is None else ours <= at_most
-    return Row(name, ours, theirs, unit, None, at_most, holds, note, bar_unit=unit)
+    return Row(name, ours, theirs, unit, ratio, at_most, holds, note, bar_unit=unit)
 
 
 def measured(name: str, ours: float | None, unit: str) -> Row:

@@ -62,7 +62,9 @@ def build(names: Iterable[str], directory: Path) -> list[Path]:
             base = _base(name)
             objects[source, base] = directory / f"{source.parent.name}-{source.name}-{base:x}.o"
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        list(workers.map(lambda place: _compile(*place, objects[place]), objects))
+        compilations = [workers.submit(_compile, *place, target) for place, target in objects.items()]
+        for compilation in compilations:
+            compilation.result()
         return list(
             workers.map(
                 lambda name: _link(name, [objects[s, _base(name)] for s in _sources(name)], directory), names

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from cli_support import Cli, kernel
 
+from lasskvm.kvm.snapshot import FORMAT_VERSION
+
 #: Prints A to Z with a pause before each, and ends with status 7.
 ALPHABET = """
     mov ebx, 65
@@ -82,7 +84,7 @@ def test_what_cannot_be_is_refused_with_status_2(cli: Cli, words: list[str], sen
 
 
 def test_a_damaged_file_is_refused_with_a_sentence(tmp_path: Path, cli: Cli) -> None:
-    (tmp_path / "saved").write_bytes(b"LASSKVM\x1a\x01\0\0\0")
+    (tmp_path / "saved").write_bytes(b"LASSKVM\x1a" + FORMAT_VERSION.to_bytes(4, "little"))
     result = cli("run", "--load", tmp_path / "saved")
     assert result.status == 2
     assert result.err.startswith("lasskvm: the snapshot")

@@ -14,7 +14,7 @@ from lasskvm.emulator.control import set_cr3, set_segment_base
 from lasskvm.emulator.delivery import EXCEPTION, EXTERNAL, SOFTWARE, deliver64
 from lasskvm.emulator.msrs import write_base_msr
 from lasskvm.emulator.syscalls import syscall64, sysenter, sysexit, sysret
-from lasskvm.engine.native import compiled
+from lasskvm.engine.compiler import compiled
 from lasskvm.state import (
     CR0,
     CR4,

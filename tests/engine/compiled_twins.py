@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lasskvm.engine.native import compiled
+from lasskvm.engine.compiler import compiled
 from lasskvm.lass import BRANCH, FETCH, IMPLICIT, INVLPG, STACK, WRITE
 from lasskvm.memory import PAGE_SIZE, SLOT_READONLY, GuestMemory
 from lasskvm.state import (

@@ -19,7 +19,7 @@ from compiled_twins import (
 
 from lasskvm.emulator import watch
 from lasskvm.engine import implicit, opcode, private
-from lasskvm.engine.native import compiled
+from lasskvm.engine.compiler import compiled
 from lasskvm.lass import WRITE
 from lasskvm.state import (
     ATTRIBUTES,

@@ -56,7 +56,9 @@ def test_nmi_comes_at_once_and_blocks_the_next_until_iret(guest: Guest) -> None:
     assert guest.stack(guest.vcpu.get_regs().rsp, 1) == [KERNEL_CODE]
 
 
-def test_blocked_nmi_comes_right_behind_iret(guest: Guest) -> None:
+@pytest.mark.parametrize("engine", ["jit", "emulator"])
+def test_blocked_nmi_comes_right_behind_iret(engine: ExecutionEngine) -> None:
+    guest = Guest(engine=engine)
     guest.start(
         "loop: inc rcx; jmp loop; handler: inc r8; mov r9, rcx; out 0x99, al; iretq",
         handlers={NMI: "handler"},

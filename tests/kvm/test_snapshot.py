@@ -35,6 +35,8 @@ from lasskvm.x86.msr import MSR_IA32_LSTAR, MSR_IA32_TSC
 MIB = 1 << 20
 CODE = 0x1000
 HIGH_GPA = 1 << 32
+#: RIP behind INIT.
+RESET_VECTOR = 0xFFF0
 
 
 def build(engine: ExecutionEngine = "emulator") -> Vm:
@@ -45,7 +47,7 @@ def build(engine: ExecutionEngine = "emulator") -> Vm:
     vm.create_irqchip()
     vm.create_pit2()
     vcpu = vm.create_vcpu()
-    vcpu.set_cpuid2(parse_cpu("max,-popcnt").entries())
+    vcpu.set_cpuid2(parse_cpu("max,+mtrr,-popcnt").entries())
     vcpu.set_regs(Regs(*range(1, 17), rip=CODE, rflags=0x246))
     vcpu.set_msrs({MSR_IA32_LSTAR: 0x5000, 0x2FF: 0xC06, MSR_IA32_TSC: 1 << 40})
     vcpu.set_fpu(Fpu(fpr=[3] * 8, xmm=list(range(16)), fsw=0x3800, ftwx=0x81, mxcsr=0x1FA0))
@@ -106,6 +108,19 @@ def test_a_halted_vcpu_is_halted_still(tmp_path: Path) -> None:
     loaded = Vm.load(tmp_path / "vm")
     assert loaded.vcpu is not None
     assert loaded.vcpu.get_mp_state() is MpState.HALTED
+
+
+def test_an_init_signal_that_has_come_is_not_forgotten(tmp_path: Path) -> None:
+    vm = build()
+    assert vm.vcpu is not None
+    vm.vcpu.init()
+    vm.save(tmp_path / "vm")
+    loaded = Vm.load(tmp_path / "vm")
+    assert loaded.vcpu is not None
+    assert loaded.vcpu.get_regs().rip == CODE
+    loaded.vcpu.immediate_exit = True
+    loaded.vcpu.run()
+    assert loaded.vcpu.get_regs().rip == RESET_VECTOR
 
 
 def test_the_cpuid_of_a_vcpu_that_has_run_is_settled_behind_a_load_too(tmp_path: Path) -> None:

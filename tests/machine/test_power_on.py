@@ -245,7 +245,7 @@ PROGRAM = """
     out 0xe9, al
     mov al, 0x5a; out 0x21, al
     mov al, 0x34; out 0x43, al; mov al, 0; out 0x40, al; out 0x40, al
-    mov ecx, 0x2ff; xor edx, edx; mov eax, 0xc06; wrmsr
+    mov ecx, 0x277; xor edx, edx; mov eax, 0x606; wrmsr
     mov eax, cr0; or al, 1; mov cr0, eax
     mov al, 0xfe; out 0x64, al
 again: jmp again
@@ -308,6 +308,15 @@ def test_the_time_stamp_counter_restarts_at_0(soft_machine: Machine) -> None:
     soft_machine.vcpu.set_msrs({MSR_IA32_TSC: 1 << 40})
     soft_machine.reset()
     assert soft_machine.vcpu.get_msrs([MSR_IA32_TSC]) == {MSR_IA32_TSC: 0}
+
+
+def test_an_init_signal_that_was_on_its_way_is_gone(soft_machine: Machine) -> None:
+    soft_machine.vcpu.init()
+    soft_machine.reset()
+    soft_machine.vcpu.set_regs(Regs(rip=0x1234, rflags=2))
+    soft_machine.vcpu.immediate_exit = True
+    soft_machine.vcpu.run()
+    assert soft_machine.vcpu.get_regs().rip == 0x1234
 
 
 def test_xcr0_allows_the_x87_only(soft_machine: Machine) -> None:

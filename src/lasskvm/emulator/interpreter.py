@@ -28,6 +28,7 @@ from lasskvm.state import (
     DR7,
     INTERRUPT_SHADOW,
     LIMIT,
+    NMI_BLOCKED,
     RFLAGS,
     RIP,
     TLB_FLUSH,
@@ -78,6 +79,8 @@ class Interpreter:
         self.instructions = 0
         #: Return as soon as the guest can take an interrupt.
         self.want_interrupt_window = False
+        #: Return as soon as the guest can take an NMI.
+        self.want_nmi_window = False
         self._stop = False
         self._blocks: dict[tuple[int, int], _Block] = {}
         self._code_pages: dict[int, _CodePage] = {}
@@ -86,6 +89,10 @@ class Interpreter:
     def stop(self) -> None:
         """Let a run in progress end behind the current block."""
         self._stop = True
+
+    def spend(self, blocks: int) -> None:
+        """Let time go on as if *blocks* more blocks had been executed."""
+        self.blocks += blocks
 
     def forget_translations(self) -> None:
         """Translations may have changed without a word: direct execution has run."""
@@ -128,16 +135,21 @@ class Interpreter:
                     ctx.leave_block = False
                     if ctx.mmio.writes:
                         return
-                if ctx.halted or (self.want_interrupt_window and self._takes_interrupts()):
+                if ctx.halted or self._is_wanted_window():
                     return
                 if may_go_on is not None and not may_go_on():
                     return
         finally:
             ctx.tlb.suspend()
 
-    def _takes_interrupts(self) -> bool:
+    def _is_wanted_window(self) -> bool:
+        """Whether the guest takes what is waited for before its next instruction."""
         words = self._ctx.words
-        return bool(words[RFLAGS] & RFLAGS_IF) and not words[INTERRUPT_SHADOW]
+        if words[INTERRUPT_SHADOW]:
+            return False
+        if self.want_interrupt_window and words[RFLAGS] & RFLAGS_IF:
+            return True
+        return self.want_nmi_window and not words[NMI_BLOCKED]
 
     def _run_block(self, end: int) -> None:
         ctx, words = self._ctx, self._ctx.words
@@ -183,7 +195,8 @@ class Interpreter:
                 return
             if ctx.leave_block or words[TLB_FLUSH]:
                 return
-            if self._stop or self.want_interrupt_window or words[RFLAGS] & _STEPPED_FLAGS:
+            wants_window = self.want_interrupt_window or self.want_nmi_window
+            if self._stop or wants_window or words[RFLAGS] & _STEPPED_FLAGS:
                 return
             self.blocks += 1
 

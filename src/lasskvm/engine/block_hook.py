@@ -10,7 +10,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from lasskvm.engine.context import BLOCK_DEADLINE, BLOCKS, LAST_BLOCK
-from lasskvm.engine.native import assembled
+from lasskvm.engine.machine_code import assembled
 from lasskvm.engine.timing import on_deadline
 
 __all__ = ["block_hook"]

@@ -203,6 +203,10 @@ class Engine:
         """Blocks of guest code executed so far."""
         return self._context_words[c.BLOCKS]
 
+    def spend(self, blocks: int) -> None:
+        """Let time go on as if *blocks* more blocks had been executed; for use in port handlers."""
+        self._context_words[c.BLOCKS] += blocks
+
     @property
     def last_block(self) -> int:
         """The linear address at which the block executed last begins."""

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from numba import types
-
 from lasskvm.emulator.mmu import translate
 from lasskvm.emulator.watch import translated_dr7
 from lasskvm.engine.context import (
@@ -42,7 +40,7 @@ __all__ = ["enter", "forget_code", "translate_linear"]
 _emu_start = foreign_function(32, 64, 64, 64, 64, 64)
 
 
-@callback(types.void, types.uint64)
+@callback(0, 64)
 def enter(context):  # type: ignore[no-untyped-def]
     """Run the guest until something ends the run; the exit record and the state words tell what it was."""
     run(context)
@@ -74,7 +72,7 @@ def run(context: int) -> None:
     save_state(env, state, load64(context + 8 * FN_CC_COMPUTE_ALL))
 
 
-@callback(types.void, types.uint64, types.uint64, types.uint64, types.uint64, types.uint64, types.uint64)
+@callback(0, 64, 64, 64, 64, 64, 64)
 def translate_linear(context, address, size, flags, cpl, rflags):  # type: ignore[no-untyped-def]
     """:func:`lasskvm.emulator.mmu.translate` for Python; its results are left in the ``RESULT`` words."""
     state = words(load64(context + 8 * STATE), STATE_WORDS)
@@ -86,7 +84,7 @@ def translate_linear(context, address, size, flags, cpl, rflags):  # type: ignor
     store64(context + 8 * (RESULT + 3), error_code)
 
 
-@callback(types.void, types.uint64, types.uint64, types.uint64)
+@callback(0, 64, 64, 64)
 def forget_code(context, slot, page):  # type: ignore[no-untyped-def]
     """Forget the translated code of page *page* of the slot whose table row is at *slot*: somebody stored to it."""
     invalidate_page(load64(context + 8 * CPU), context, load64(context + 8 * MEMORY), slot, page)

@@ -17,8 +17,6 @@ it exists, through whatever alias. Unicorn alone would miss writes behind the fi
 
 from typing import Any
 
-from numba import types
-
 from lasskvm.emulator.mmu import translate, untagged
 from lasskvm.emulator.watch import watch_hit, watched_page
 from lasskvm.engine.context import (
@@ -111,16 +109,7 @@ _restore_state = foreign_function(8, 64, 64, 8)
 _loop_exit_noexc = foreign_function(0, 64)
 
 
-@callback(
-    types.uint8,
-    types.uint64,
-    types.uint64,
-    types.uint32,
-    types.uint32,
-    types.uint32,
-    types.uint8,
-    types.uint64,
-)
+@callback(8, 64, 64, 32, 32, 32, 8, 64)
 def tlb_fill(cpu, address, size, access, mmu_index, probe, return_address):  # type: ignore[no-untyped-def]
     """``CPUClass.tlb_fill``: install a TLB entry and return 1, or raise the guest's fault.
 

@@ -8,8 +8,6 @@ segment bases, RDPID. All others end the run with an exit reason for Python.
 
 from typing import Any
 
-from numba import types
-
 from lasskvm.emulator.control import set_cr3, set_segment_base
 from lasskvm.emulator.delivery import EXCEPTION, deliver64
 from lasskvm.emulator.mmu import translate
@@ -142,7 +140,7 @@ _EVENT_INTR = SVM_EXIT_BASE + SVM_EXIT_INTR
 # ------------------------------------------------------------------------------------------------------- events
 
 
-@callback(types.void, types.uint64, types.uint32, types.uint64)
+@callback(0, 64, 32, 64)
 def on_event(uc, number, context):  # type: ignore[no-untyped-def]
     """``UC_HOOK_INTR``: *number* is an SVM exit code + 0x100, or one of our ``EVENT_*`` numbers."""
     event(number & 0xFFFF, context)
@@ -351,13 +349,13 @@ def _complete(env: int, state: Words, length: int) -> None:
 # ------------------------------------------------------------------------------------------------- system calls
 
 
-@callback(types.void, types.uint64, types.uint64)
+@callback(0, 64, 64)
 def on_syscall(uc, context):  # type: ignore[no-untyped-def]
     """SYSCALL, which Unicorn leaves to its hook: go on in the event hook, where RIP is that of the instruction."""
     leave_instruction(context, EVENT_SYSCALL, 0)
 
 
-@callback(types.void, types.uint64, types.uint64)
+@callback(0, 64, 64)
 def on_sysenter(uc, context):  # type: ignore[no-untyped-def]
     """SYSENTER, likewise."""
     leave_instruction(context, EVENT_SYSENTER, 0)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from lasskvm.engine import private, translation
 from lasskvm.engine.calibration import library_function, refusal
 from lasskvm.engine.context import CODE_PAGE, FN_TRANSLATE_INSTRUCTION, NO_ADDRESS
-from lasskvm.engine.native import assembled
+from lasskvm.engine.machine_code import assembled
 
 __all__ = ["look_at_instructions", "skip_dirty_reset"]
 

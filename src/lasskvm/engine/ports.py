@@ -5,8 +5,6 @@ What no handler claims leaves the instruction undone; the run loop turns it into
 
 from typing import Any
 
-from numba import types
-
 from lasskvm.emulator.io_permission import check_port_access
 from lasskvm.engine.context import (
     COALESCED_BUFFER,
@@ -37,13 +35,13 @@ _port_read = foreign_function(64, 32, 32)
 _port_write = foreign_function(64, 32, 32, 32)
 
 
-@callback(types.uint32, types.uint64, types.uint32, types.uint32, types.uint64)
+@callback(32, 64, 32, 32, 64)
 def on_port_read(uc, port, size, context):  # type: ignore[no-untyped-def]
     """IN and INS, once for each element."""
-    return types.uint32(port_read(context, port & 0xFFFF, size & 7) & MASK32)
+    return port_read(context, port & 0xFFFF, size & 7) & MASK32
 
 
-@callback(types.void, types.uint64, types.uint32, types.uint32, types.uint32, types.uint64)
+@callback(0, 64, 32, 32, 32, 64)
 def on_port_write(uc, port, size, value, context):  # type: ignore[no-untyped-def]
     """OUT and OUTS, once for each element."""
     port_write(context, port & 0xFFFF, size & 7, value & MASK32)

@@ -1,7 +1,5 @@
 """Time while the guest runs: the deadline of a run, and the time-stamp counter."""
 
-from numba import types
-
 from lasskvm.engine.context import (
     BLOCK_DEADLINE,
     BLOCKS,
@@ -31,7 +29,7 @@ _NANOSECONDS_PER_SECOND = 1_000_000_000
 _clock_gettime = foreign_function(32, 32, 64)
 
 
-@callback(types.void, types.uint64)
+@callback(0, 64)
 def on_deadline(context):  # type: ignore[no-untyped-def]
     """The block deadline has come (:mod:`lasskvm.engine.block_hook`)."""
     deadline_reached(context)
@@ -54,20 +52,20 @@ def host_nanoseconds(context: int) -> int:
     return load64(buffer) * _NANOSECONDS_PER_SECOND + load64(buffer + 8)
 
 
-@callback(types.int32, types.uint64, types.uint64)
+@callback(32, 64, 64)
 def on_rdtsc(uc, context):  # type: ignore[no-untyped-def]
     """RDTSC; returns 1 to keep the translator from reading the host's counter."""
     time_stamp(context)
-    return types.int32(1)
+    return 1
 
 
-@callback(types.int32, types.uint64, types.uint64)
+@callback(32, 64, 64)
 def on_rdtscp(uc, context):  # type: ignore[no-untyped-def]
     """RDTSCP, likewise."""
     time_stamp(context)
     state = words(load64(context + 8 * STATE), STATE_WORDS)
     set_guest_rcx(load64(context + 8 * ENV), state[TSC_AUX] & MASK32)
-    return types.int32(1)
+    return 1
 
 
 def time_stamp(context: int) -> None:

@@ -7,8 +7,6 @@ shown an undefined opcode instead: the guest's #UD there ends the run (``EXIT_EX
 and the exit handler emulates what is really there.
 """
 
-from numba import types
-
 from lasskvm.engine.context import (
     CODE_HOST,
     CODE_PAGE,
@@ -97,7 +95,7 @@ _translate_insn = foreign_function(0, 64, 64)
 _code_page = foreign_function(64, 64, 64, 64)
 
 
-@callback(types.void, types.uint64, types.uint64)
+@callback(0, 64, 64)
 def translate_instruction(block, cpu):  # type: ignore[no-untyped-def]
     """``TranslatorOps.translate_insn``: *block* is the DisasContextBase of the block being translated."""
     translate_or_leave(block, cpu)

@@ -7,6 +7,7 @@ There are two providers behind one interface (:mod:`lasskvm.kvm.interface`): :fu
 
 from collections.abc import Callable
 
+from lasskvm.engine.code_cache import is_writable, location
 from lasskvm.engine.native import compile_all, is_compiled
 from lasskvm.kvm.clock import Clock, HostClock, VirtualClock
 from lasskvm.kvm.exits import (
@@ -91,5 +92,10 @@ __all__ = [
 def prepare(progress: Callable[[str], None]) -> None:
     """Have the machine code of direct execution ready; *progress* gets a line when it must be compiled first."""
     if not is_compiled():
-        progress("compiling the engine for this machine (once, about half a minute) ...")
+        progress(
+            "compiling the engine for this machine (once, about half a minute) ..."
+            if is_writable()
+            else f"compiling the engine (about half a minute, for this process only: {location()} cannot be written; "
+            "set XDG_CACHE_HOME to a folder that can) ..."
+        )
     compile_all()

@@ -101,8 +101,8 @@ class PortBus:
         self._readers: dict[int, Callable[[int, int], int]] = {}
         self._writers: dict[int, Callable[[int, int, int], None]] = {}
 
-    def register(self, device: PortDevice) -> None:
-        """Put a device on the bus. Raises :class:`LassKvmError` if one of its ports is taken."""
+    def check(self, device: PortDevice) -> None:
+        """Raise :class:`LassKvmError` if one of the device's ports is taken."""
         for span in device.ports:
             for port in span:
                 if port in self._owners:
@@ -110,6 +110,10 @@ class PortBus:
                         f"I/O port {port:#x} is already used by {type(self._owners[port]).__name__}: give "
                         f"{type(device).__name__} another base port, or leave one of the two out."
                     )
+
+    def register(self, device: PortDevice) -> None:
+        """Put a device on the bus. Raises :class:`LassKvmError` if one of its ports is taken."""
+        self.check(device)
         reader, writer = device.read_port, device.write_port
         for span in device.ports:
             for port in span:

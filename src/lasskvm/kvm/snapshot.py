@@ -33,7 +33,7 @@ __all__ = ["FORMAT_VERSION", "Document", "SnapshotReader", "open_snapshot", "wri
 Document = dict[str, Any]
 
 #: Files of a newer format are refused, and so are those of an older one: nothing converts them.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _MAGIC = b"LASSKVM\x1a"
 _HEADER = struct.Struct("<8sI")

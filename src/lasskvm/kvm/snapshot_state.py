@@ -167,6 +167,7 @@ def _vcpu_document(vcpu: Vcpu) -> Document:
         "events": vars(vcpu.get_vcpu_events()),
         "event_instruction_length": vcpu.events.instruction_length,
         "mp_state": vcpu.get_mp_state(),
+        "init_pending": vcpu.init_pending,
         "devices": vcpu.devices.get_state(),
         "has_run": vcpu.has_run,
         "blocks": vcpu.executed_blocks,
@@ -191,6 +192,7 @@ def _restore_vcpu(vcpu: Vcpu, document: Document) -> None:
     msrs.values.update((index, value) for index, value in document["msrs"])
     msrs.tsc_offset, msrs.tsc_adjust = document["tsc"]
     vcpu.set_mp_state(MpState(document["mp_state"]))
+    vcpu.init_pending = document["init_pending"]
     vcpu.devices.set_state(document["devices"])
     vcpu.has_run = document["has_run"]
     vcpu.blocks_before = document["blocks"] - (vcpu.executed_blocks - vcpu.blocks_before)

@@ -133,7 +133,7 @@ class Vcpu(ReportingVcpu):
     def _drop_what_is_pending(self) -> None:
         self.drop_last_exit()
         self.events.clear()
-        self.emulation.halted = self._waits_for_startup = self._init_pending = False
+        self.emulation.halted = self._waits_for_startup = self.init_pending = False
 
     def _take_init(self) -> None:
         """Start anew at the reset vector; MSRs, FPU and cache control stay (SDM volume 3A, table 10-1)."""
@@ -205,13 +205,15 @@ class Vcpu(ReportingVcpu):
                 return self._mmio_write_exit()
             if self._stepped:
                 return self._step_exit()
+            if self.init_pending:
+                self._take_init()
             if self._immediate_exit:
                 return IntrExit()
             if is_late:
                 return self._end_of_slice()
             self.vm.clock.run_due()
-            if self._init_pending:
-                self._take_init()
+            if self.init_pending:
+                continue
             wanted = self._inject_events()
             if self.emulation.halted or self._waits_for_startup:
                 idle = self._idle(skips)
@@ -283,6 +285,7 @@ class Vcpu(ReportingVcpu):
         else:
             blocks = min(blocks, _HOST_POLL_INTERPRETED_BLOCKS)
         interpreter.want_interrupt_window = wanted
+        interpreter.want_nmi_window = self.events.nmi_pending
         interpreter.run(max(1, blocks), self._is_interpreted)
 
     def _single_step(self) -> None:

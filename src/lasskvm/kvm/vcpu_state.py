@@ -22,6 +22,7 @@ from lasskvm.kvm import registers
 from lasskvm.kvm.events import EventQueue
 from lasskvm.kvm.guest_debug import GuestDebugger
 from lasskvm.kvm.irqchip.lapic import LocalApic
+from lasskvm.kvm.port_time import TimedPorts
 from lasskvm.kvm.structures import (
     GuestDebug,
     MpState,
@@ -83,7 +84,7 @@ class StatefulVcpu(ExtendedRegisters):
         self.events = EventQueue(self.state.words)
         self.debugger = GuestDebugger(self.state.words, self.events)
         #: An INIT signal has come, and is taken before the guest goes on.
-        self._init_pending = False
+        self.init_pending = False
         #: The vCPU waits for a startup message, as an application processor does behind INIT.
         self._waits_for_startup = False
         self.devices = VcpuDevices(self.state.words, vm, self._guest_tsc, self)
@@ -131,10 +132,11 @@ class StatefulVcpu(ExtendedRegisters):
             self.emulation.fpu, self.emulation.msrs = former.fpu, former.msrs
             self.emulation.msrs.cpuid = table
         self.emulation.forced_emulation = vm.forced_emulation
-        self.emulation.read_port, self.emulation.write_port = vm.ports.read, vm.ports.write
         self.devices.use_cpuid(table)
         self.devices.attach(self.emulation)
         self.interpreter = Interpreter(self.emulation)
+        ports = TimedPorts(vm.ports, self.interpreter.spend, unanswered=True)
+        self.emulation.read_port, self.emulation.write_port = ports.read, ports.write
         self.apply_msr_filter()
         self._apply_guest_debug()
 
@@ -142,9 +144,14 @@ class StatefulVcpu(ExtendedRegisters):
     def engine(self) -> Engine:
         """Direct execution, built when it is first needed: it compiles machine code on a machine's first use."""
         if self._engine is None:
-            self._engine = Engine(self.state, self.vm.memory, (self.vm.ports.read, self.vm.ports.write))
+            # What no device claims is made again by the emulator.
+            ports = TimedPorts(self.vm.ports, self._spend_in_engine, unanswered=False)
+            self._engine = Engine(self.state, self.vm.memory, (ports.read, ports.write))
             self._equip(self._engine)
         return self._engine
+
+    def _spend_in_engine(self, blocks: int) -> None:
+        self.engine.spend(blocks)
 
     def _equip(self, engine: Engine) -> None:
         self.emulation.translate = engine.translate
@@ -332,7 +339,7 @@ class StatefulVcpu(ExtendedRegisters):
 
     def init(self) -> None:
         """An INIT signal: the guest starts anew at the reset vector, as the bootstrap processor does."""
-        self._init_pending = True
+        self.init_pending = True
         self.kick()
 
     def startup(self, vector: int) -> None:

@@ -7,6 +7,7 @@ the BIOS area, where kernels look for them.
 from __future__ import annotations
 
 from lasskvm.machine.acpi import BIOS_AREA_START, AcpiTables
+from lasskvm.machine.bios_data import place_bios_data
 from lasskvm.machine.devices.cmos_map import describe_machine
 from lasskvm.machine.devices.fw_cfg_items import (
     BOOT_FAIL_WAIT_FILE,
@@ -21,7 +22,7 @@ from lasskvm.machine.devices.uart16550 import COM1_PORT
 from lasskvm.machine.hardware import Hardware
 from lasskvm.memory import GuestMemory
 
-__all__ = ["describe", "place_acpi_tables"]
+__all__ = ["describe", "place_firmware_data"]
 
 
 def describe(hardware: Hardware, low_memory: int, high_memory: int) -> None:
@@ -39,7 +40,8 @@ def describe(hardware: Hardware, low_memory: int, high_memory: int) -> None:
         fw_cfg.add_file(name, data)
 
 
-def place_acpi_tables(memory: GuestMemory) -> int:
-    """Write the ACPI tables into the BIOS area of *memory*; the gpa of the RSDP."""
+def place_firmware_data(memory: GuestMemory) -> int:
+    """Leave in *memory* what firmware leaves: the BIOS data area, and the ACPI tables; the gpa of the RSDP."""
+    place_bios_data(memory)
     AcpiTables().place(memory, BIOS_AREA_START)
     return BIOS_AREA_START

@@ -129,6 +129,8 @@ class Hardware:
         ):
             return
         try:
+            # A device on the other bus would answer first.
+            board.ports.check(device)
             exit_ports.register(device)
         except LassKvmError as error:
             raise DeviceError(f"the device {request.name} cannot be added: {error}") from error

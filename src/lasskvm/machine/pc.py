@@ -28,7 +28,7 @@ from lasskvm.kvm.providers import Provider
 from lasskvm.kvm.snapshot import Document, open_snapshot
 from lasskvm.kvm.snapshot_state import restore_vm, saved_clock, saved_cpuid
 from lasskvm.machine.boot import Entry, place_firmware, shadow_firmware
-from lasskvm.machine.description import describe, place_acpi_tables
+from lasskvm.machine.description import describe, place_firmware_data
 from lasskvm.machine.ending import STATUS_CRASHED, STATUS_TIMEOUT, End, Ending
 from lasskvm.machine.hardware import Hardware
 from lasskvm.machine.optional_devices import DeviceRequest
@@ -171,7 +171,7 @@ class Pc:
 
     def _start_image(self) -> None:
         if self._load_image is not None:
-            self._load_image(place_acpi_tables(self.vm.memory)).apply(self.vcpu)
+            self._load_image(place_firmware_data(self.vm.memory)).apply(self.vcpu)
 
     def enter(self, entry: Entry) -> None:
         """Put the processor at the first instruction of an image that lies in memory; a reset ends the run then."""

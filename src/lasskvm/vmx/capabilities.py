@@ -2,8 +2,9 @@
 
 The same numbers answer RDMSR and judge VM entries, so that what is offered is what is accepted. They are those of a
 current KVM on Intel, as far as the features exist here. Left out: VMCS shadowing, VM functions, page-modification
-logging, virtualization of the APIC beyond the TPR shadow, the performance-counter controls, five-level EPT, and waiting for a SIPI,
-which no second processor would ever send. EPT paging structures may be uncacheable here, which KVM does not offer.
+logging, virtualization of the APIC beyond the TPR shadow, the performance-counter controls, five-level EPT, and waiting
+for a SIPI, which no second processor would ever send. EPT paging structures may be uncacheable, which KVM does not
+offer.
 
 Source: Intel SDM volume 3C, appendix A; KVM's ``nested_vmx_setup_ctls_msrs()``, ``nested_vmx_cr_fixed1_bits_update()``
 and ``vmx_adjust_secondary_exec_control()``.
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 from lasskvm.vmx.vmcs import VMCS12_REVISION
 from lasskvm.x86 import msr, vmx
-from lasskvm.x86.cpuid import CpuidTable, efer_allowed
+from lasskvm.x86.cpuid import CpuidTable
 from lasskvm.x86.registers import CR0_NE, CR0_PE, CR0_PG, CR4_VMXE, MASK32
 from lasskvm.x86.vmx_fields import VmcsField, field_index
 
@@ -122,16 +123,10 @@ _EPT_VPID_CAP = (
 )  # fmt: skip
 _NO_VM_FUNCTIONS = 0
 
-_LINEAR_ADDRESS_BITS, _LINEAR_ADDRESS_BITS_LA57 = 48, 57
-
 
 @dataclass(frozen=True)
 class VmxCapabilities:
-    """What L1 may use. Controls are those of the "true" registers, which say more than the others.
-
-    Besides: ``efer_allowed`` are the bits that IA32_EFER may have, ``maxphyaddr`` the width of physical addresses,
-    ``linear_address_bits`` the width of linear addresses with everything enabled that CPUID has.
-    """
+    """What L1 may use. Controls are those of the "true" registers, which say more than the others."""
 
     pin_based: ControlBits
     cpu_based: ControlBits
@@ -140,9 +135,6 @@ class VmxCapabilities:
     vm_entry: ControlBits
     cr0: FixedBits
     cr4: FixedBits
-    efer_allowed: int
-    maxphyaddr: int
-    linear_address_bits: int
     basic: int = _BASIC
     misc: int = _MISC
     vmcs_enum: int = _VMCS_ENUM
@@ -153,9 +145,9 @@ class VmxCapabilities:
     def of(cls, cpuid: CpuidTable, cr4_allowed: int) -> VmxCapabilities:
         """The capabilities of a vCPU with this CPUID, which has VMX, and with these CR4 bits.
 
-        *cr4_allowed* is :func:`lasskvm.x86.cpuid.cr4_allowed` of the table, and becomes IA32_VMX_CR4_FIXED1: what may be
-        set may be set in VMX operation, too. So bit 27 is 1 exactly when CPUID has LASS. (KVM takes TSD, DE, PSE, PAE,
-        MCE, PGE, OSFXSR and OSXMMEXCPT away from L1 when their features are missing; here they never need one.)
+        *cr4_allowed* is :func:`lasskvm.x86.cpuid.cr4_allowed` of the table, and becomes IA32_VMX_CR4_FIXED1: what may
+        be set may be set in VMX operation, too. So bit 27 is 1 exactly when CPUID has LASS. (KVM takes TSD, DE, PSE,
+        PAE, MCE, PGE, OSFXSR and OSXMMEXCPT away when their features are missing; here they never need one.)
         """
         instructions = (
             control
@@ -170,9 +162,6 @@ class VmxCapabilities:
             vm_entry=_controls(_VM_ENTRY, vmx.VM_ENTRY_ALWAYSON_WITHOUT_TRUE_MSR, _VM_ENTRY_FREE),
             cr0=_CR0_FIXED,
             cr4=FixedBits(CR4_VMXE, cr4_allowed),
-            efer_allowed=efer_allowed(cpuid),
-            maxphyaddr=cpuid.maxphyaddr,
-            linear_address_bits=_LINEAR_ADDRESS_BITS_LA57 if cpuid.has("la57") else _LINEAR_ADDRESS_BITS,
         )
 
     def msrs(self) -> dict[int, int]:
@@ -201,6 +190,17 @@ class VmxCapabilities:
             msr.MSR_IA32_VMX_TRUE_ENTRY_CTLS: self.vm_entry.msr,
             msr.MSR_IA32_VMX_VMFUNC: self.vmfunc,
         }
+
+    @property
+    def cr3_targets(self) -> int:
+        """How many CR3-target values there are."""
+        return (self.misc & vmx.VMX_MISC_CR3_TARGETS) >> vmx.VMX_MISC_CR3_TARGETS_SHIFT
+
+    @property
+    def msr_list_entries(self) -> int:
+        """How many entries an MSR list may have before the processor gives up on it."""
+        units = (self.misc & vmx.VMX_MISC_MSR_LIST) >> vmx.VMX_MISC_MSR_LIST_SHIFT
+        return vmx.VMX_MISC_MSR_LIST_UNIT * (units + 1)
 
     @property
     def vmwrite_any_field(self) -> bool:

@@ -31,7 +31,7 @@ in chapter 31; KVM's ``handle_vmread()`` and ``handle_vmwrite()``.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from lasskvm.memory import GuestMemory
 from lasskvm.x86.vmx import (
@@ -82,10 +82,10 @@ _MASK32 = (1 << 32) - 1
 _HIGH_SHIFT = 32
 
 
-def field_offset(field: int) -> int:
-    """Where *field*, an encoding of a full access, is in the region: byte offset."""
-    width = field_width(field)
-    return _TABLES[width] + (field_type(field) * _ROOM + field_index(field)) * FIELD_BYTES[width]
+def field_offset(encoding: int) -> int:
+    """Where the field with this *encoding* of its full access is in the region: byte offset."""
+    width = field_width(encoding)
+    return _TABLES[width] + (field_type(encoding) * _ROOM + field_index(encoding)) * FIELD_BYTES[width]
 
 
 #: The fields in the order of their places, and a format string with padding between.
@@ -95,33 +95,39 @@ _FORMAT_CODES = {2: "H", 4: "I", 8: "Q"}
 
 def _format() -> struct.Struct:
     codes, end = ["<3I"], 3 * _WORD_BYTES
-    for field in _FIELDS:
-        size = FIELD_BYTES[field_width(field)]
-        codes.append(f"{field_offset(field) - end}x{_FORMAT_CODES[size]}")
-        end = field_offset(field) + size
+    for key in _FIELDS:
+        size = FIELD_BYTES[field_width(key)]
+        codes.append(f"{field_offset(key) - end}x{_FORMAT_CODES[size]}")
+        end = field_offset(key) + size
     return struct.Struct("".join(codes) + f"{_VMCS12_BYTES - end}x")
 
 
 _VMCS12 = _format()
-_KEYS = tuple(int(field) for field in _FIELDS)
-_MASKS = {int(field): (1 << 8 * FIELD_BYTES[field_width(field)]) - 1 for field in VmcsField}
+_KEYS = tuple(map(int, _FIELDS))
+_MASKS = {key: (1 << 8 * FIELD_BYTES[field_width(key)]) - 1 for key in _KEYS}
 _READ_ONLY = frozenset(key for key in _KEYS if field_type(key) == FieldType.READ_ONLY)
 _ACCESS_RIGHTS = frozenset(range(VmcsField.GUEST_ES_AR_BYTES, VmcsField.GUEST_TR_AR_BYTES + 1, 2))
 
 
 class VmFailValid(Exception):
-    """A VMX instruction ends in VMfailValid: RFLAGS.ZF is set, and *error* goes into the current VMCS (SDM 31.2)."""
+    """A VMX instruction ends in VMfailValid: RFLAGS.ZF is set, and *error* goes into the current VMCS (SDM 31.2).
 
-    def __init__(self, error: VmInstructionError) -> None:
+    *reason* is for people: what in particular was wrong.
+    """
+
+    def __init__(self, error: VmInstructionError, reason: str = "") -> None:
         self.error = error
-        super().__init__(error.name)
+        super().__init__(f"{error.name}: {reason}" if reason else error.name)
 
 
-class Vmcs12(Mapping[int, int]):
-    """One VMCS of L1's while it is active: a value for each :class:`VmcsField`, launch state and abort indicator.
+@dataclass
+class Vmcs12:
+    """One VMCS of L1's while it is active.
 
-    Indexing is the processor's own access, by field; a value that is stored loses what the field has no room for.
-    :meth:`read` and :meth:`write` are VMREAD and VMWRITE.
+    ``launched`` says whether VMLAUNCH has succeeded since the last VMCLEAR; ``abort`` is the VMX-abort indicator, a
+    :class:`~lasskvm.x86.vmx.VmxAbort` or 0. ``fields`` has a value for each :class:`VmcsField` and no other key; who
+    stores there keeps to the field's width. Indexing is the same, except that a value loses what has no room. Both are
+    the processor's own access; :meth:`read` and :meth:`write` are VMREAD and VMWRITE.
 
     >>> vmcs = Vmcs12()
     >>> vmcs.write(0x2001, 5, any_field=False)
@@ -129,32 +135,15 @@ class Vmcs12(Mapping[int, int]):
     ('0x500000000', 5)
     """
 
-    def __init__(self) -> None:
-        self._values = dict.fromkeys(_KEYS, 0)
-        #: Whether VMLAUNCH has succeeded since the last VMCLEAR.
-        self.launched = False
-        #: The VMX-abort indicator, a :class:`~lasskvm.x86.vmx.VmxAbort` or 0.
-        self.abort = 0
+    launched: bool = False
+    abort: int = 0
+    fields: dict[int, int] = field(default_factory=lambda: dict.fromkeys(_KEYS, 0))
 
-    def __getitem__(self, field: int) -> int:
-        return self._values[field]
+    def __getitem__(self, key: VmcsField) -> int:
+        return self.fields[key]
 
-    def __setitem__(self, field: int, value: int) -> None:
-        self._values[field] = value & _MASKS[field]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Vmcs12):
-            return NotImplemented
-        mine, theirs = ((vmcs.launched, vmcs.abort, vmcs._values) for vmcs in (self, other))
-        return mine == theirs
-
-    __hash__ = None  # type: ignore[assignment]
+    def __setitem__(self, key: VmcsField, value: int) -> None:
+        self.fields[key] = value & _MASKS[key]
 
     @classmethod
     def load(cls, memory: GuestMemory, gpa: int) -> Vmcs12:
@@ -162,16 +151,13 @@ class Vmcs12(Mapping[int, int]):
 
         The revision identifier is the caller's to compare: VMPTRLD fails for another one with error 11.
         """
-        vmcs = cls()
-        _, vmcs.abort, launch_state, *values = _VMCS12.unpack(memory.read(gpa, _VMCS12_BYTES))
-        vmcs.launched = launch_state == _LAUNCHED
-        vmcs._values = dict(zip(_KEYS, values, strict=True))
-        return vmcs
+        _, abort, launch_state, *values = _VMCS12.unpack(memory.read(gpa, _VMCS12_BYTES))
+        return cls(launch_state == _LAUNCHED, abort, dict(zip(_KEYS, values, strict=True)))
 
     def store(self, memory: GuestMemory, gpa: int) -> None:
-        """Write everything to guest-physical *gpa*, page-aligned; lost where no memory, or none that L1 may write, is."""
+        """Write everything to guest-physical *gpa*, page-aligned; lost where L1 has no memory that it may write."""
         launch_state = _LAUNCHED if self.launched else _CLEAR
-        data = _VMCS12.pack(VMCS12_REVISION, self.abort, launch_state, *map(self._values.__getitem__, _KEYS))
+        data = _VMCS12.pack(VMCS12_REVISION, self.abort, launch_state, *map(self.fields.__getitem__, _KEYS))
         memory.store_bytes(gpa, data)
 
     def read(self, encoding: int) -> int:
@@ -180,32 +166,32 @@ class Vmcs12(Mapping[int, int]):
         Raises :class:`VmFailValid` with error 12 when there is no such field. Outside 64-bit mode the operands are 32
         bits wide; the caller cuts the value.
         """
-        value = self._values[_supported(encoding)]
+        value = self.fields[_supported(encoding)]
         return value >> _HIGH_SHIFT if is_high_access(encoding) else value
 
     def write(self, encoding: int, value: int, *, any_field: bool) -> None:
         """VMWRITE of *value*, 64 bits (outside 64-bit mode a zero-extended 32-bit operand).
 
         Bits that the field has no room for are ignored; the upper half of a 64-bit field takes the lower 32 bits.
-        *any_field* is bit 29 of IA32_VMX_MISC: read-only fields are written like others. Raises :class:`VmFailValid` with
-        error 12 when there is no such field, and 13 when it is read-only, with nothing changed.
+        *any_field* is bit 29 of IA32_VMX_MISC: read-only fields are written like others. Raises :class:`VmFailValid`
+        with error 12 when there is no such field, and 13 when it is read-only, with nothing changed.
         """
-        field = _supported(encoding)
-        if field in _READ_ONLY and not any_field:
+        key = _supported(encoding)
+        if key in _READ_ONLY and not any_field:
             raise VmFailValid(VmInstructionError.VMWRITE_READ_ONLY_VMCS_COMPONENT)
-        if field in _ACCESS_RIGHTS:
+        if key in _ACCESS_RIGHTS:
             value &= SEGMENT_AR_WRITABLE
         if is_high_access(encoding):
-            value = (value & _MASK32) << _HIGH_SHIFT | self._values[field] & _MASK32
-        self[field] = value
+            value = (value & _MASK32) << _HIGH_SHIFT | self.fields[key] & _MASK32
+        self.fields[key] = value & _MASKS[key]
 
 
 def _supported(encoding: int) -> int:
     """The field that *encoding* names, as an encoding of its full access. Only 64-bit fields have an upper half."""
-    field = encoding & ~ENCODING_HIGH_ACCESS
-    if field not in _MASKS or (is_high_access(encoding) and field_width(field) != FieldWidth.BITS_64):
+    key = encoding & ~ENCODING_HIGH_ACCESS
+    if key not in _MASKS or (is_high_access(encoding) and field_width(key) != FieldWidth.BITS_64):
         raise VmFailValid(VmInstructionError.UNSUPPORTED_VMCS_COMPONENT)
-    return field
+    return key
 
 
 def set_clear(memory: GuestMemory, gpa: int) -> None:

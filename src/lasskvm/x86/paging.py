@@ -1,27 +1,38 @@
 """The page walk: from a linear address to a guest-physical one, in every paging mode.
 
-:func:`walk` is the only walk there is. The emulator calls it as plain Python, the TLB fill calls the same
+There is no other walk than this. The emulator calls it as plain Python, the TLB fill calls the same
 source compiled; so it is written over plain integers, in the compiled subset (``docs/architecture.md``), and
 touches guest memory only through :func:`load_physical` and :func:`store_physical`.
 
-It knows nothing of LASS or canonical addresses: both are judged before paging. Shadow stacks and EPT are not
-part of it. 1 GiB pages and PSE-36 exist whatever CPUID says, as on a processor that has them.
+:func:`walk_nested` is the walk, with EPT when there is an EPTP: then CR3 and the entries hold addresses that
+:func:`lasskvm.x86.ept.ept_walk` translates, whenever an entry is read or marked, and at the end.
+
+It knows nothing of LASS or canonical addresses: both are judged before paging. Shadow stacks are not part of
+it. 1 GiB pages and PSE-36 exist whatever CPUID says, as on a processor that has them.
 
 Accessed and dirty bits: an entry that leads to another table gets its accessed bit as soon as it is used,
 even when the walk faults further down; the entry that maps the page gets accessed and dirty bits only when
 the access is allowed. The manual lets processors do either for the former (SDM 4.8) and they do the latter.
 
 Source: Intel SDM volume 3A, chapter 4 (paging), 4.6 (access rights and, in 4.6.2, protection keys), 4.7 (page
-faults), 4.8 (accessed and dirty flags); KVM's ``walk_addr_generic()``, ``permission_fault()`` and
-``reset_guest_rsvds_bits_mask()``.
+faults), 4.8 (accessed and dirty flags); volume 3C, 29.3.3.3 (what comes first of page faults and EPT); KVM's
+``walk_addr_generic()``, ``permission_fault()`` and ``reset_guest_rsvds_bits_mask()``.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from lasskvm.lass import FETCH, WRITE
+from lasskvm.x86.ept import EPT_VIOLATION, GPA_OF_LINEAR, GPA_OF_TABLE, ept_walk
 from lasskvm.x86.exceptions import PF_I, PF_P, PF_PK, PF_RSVD, PF_U, PF_W
+from lasskvm.x86.physical import (
+    PERM_ALL,
+    PERM_R,
+    PERM_W,
+    PERM_X,
+    PhysicalMemory,
+    load_physical,
+    store_physical,
+)
 from lasskvm.x86.registers import (
     CR0_PG,
     CR0_WP,
@@ -58,15 +69,11 @@ __all__ = [
     "pdpte_reserved",
     "store_physical",
     "walk",
+    "walk_nested",
 ]
 
-#: What a translation allows.
-PERM_R = 1 << 0
-PERM_W = 1 << 1
-PERM_X = 1 << 2
-#: The translation is a global one: it survives a change of CR3 (SDM 4.10.2.4).
+#: Beside the other ``PERM_*``: the translation is global and survives a change of CR3 (SDM 4.10.2.4).
 PERM_GLOBAL = 1 << 3
-_PERM_ALL = PERM_R | PERM_W | PERM_X
 
 # Paging-structure entries
 PTE_P = 1 << 0
@@ -120,28 +127,6 @@ _KEY_ACCESS_DISABLE = 1 << 0
 _KEY_WRITE_DISABLE = 1 << 1
 
 
-class PhysicalMemory(Protocol):
-    """What a walk needs of guest-physical memory; :class:`lasskvm.memory.GuestMemory` is one."""
-
-    def load(self, gpa: int, size: int, /) -> int:
-        """The little-endian value of *size* bytes at *gpa*; all ones where there is no memory."""
-        ...
-
-    def store(self, gpa: int, size: int, value: int, /) -> None:
-        """Store *size* bytes at *gpa*; dropped where there is no memory."""
-        ...
-
-
-def load_physical(memory: PhysicalMemory, gpa: int, size: int) -> int:
-    """The little-endian value of *size* bytes at *gpa*. Compiled code has a native version of it."""
-    return memory.load(gpa, size)
-
-
-def store_physical(memory: PhysicalMemory, gpa: int, size: int, value: int) -> None:
-    """Store the little-endian *value* of *size* bytes at *gpa*. Compiled code has a native version of it."""
-    memory.store(gpa, size, value)
-
-
 def walk(
     memory: PhysicalMemory,
     address: int,
@@ -170,48 +155,47 @@ def walk(
     only when the page is dirty already, so that the first write comes back to set the dirty bit. When it is
     not, *permissions* is 0 and *error_code* is the #PF error code.
     """
-    if (cr0 & CR0_PG) == 0:
-        return address & MASK32, _PERM_ALL, 0
-    entry_bytes = _ENTRY_BYTES
-    if (efer & EFER_LMA) != 0:
-        top_shift = _SHIFT_PML4
-        if (cr4 & CR4_LA57) != 0:
-            top_shift = _SHIFT_PML5
-        reserved = _reserved(maxphyaddr, efer)
-        entry_gpa, entry, frame, offset, rights, cause = _descend(memory, address, cr3, top_shift, reserved)
-    elif (cr4 & CR4_PAE) != 0:
-        if (pdpte & PTE_P) == 0:
-            return 0, 0, _error_code(flags, user, cr4, efer, 0)
-        reserved = _reserved(maxphyaddr, efer) | _PAE_RESERVED_HIGH
-        entry_gpa, entry, frame, offset, rights, cause = _descend(memory, address, pdpte, _SHIFT_2M, reserved)
-    else:
-        entry_bytes = _ENTRY_BYTES32
-        entry_gpa, entry, frame, offset, rights, cause = _descend32(memory, address, cr3, cr4, maxphyaddr)
-    if offset == 0:
-        return 0, 0, _error_code(flags, user, cr4, efer, cause)
+    gpa, permissions, error_code, _ = _walk(
+        memory, address, flags, user, cr0, cr3, cr4, efer, ac, maxphyaddr, pdpte, pkru, pkrs, 0
+    )
+    return gpa, permissions, error_code
 
-    denied = 0
-    if (cr4 & (CR4_PKE | CR4_PKS)) != 0 and (efer & EFER_LMA) != 0:
-        denied = _denied_by_key(entry, rights, user, cr0, cr4, pkru, pkrs)
-    permissions = _permissions(rights, user, cr0, cr4, ac) & (denied ^ _PERM_ALL)
-    needed, marked = PERM_R, entry | PTE_A
-    if (flags & FETCH) != 0:
-        needed = PERM_X
-    elif (flags & WRITE) != 0:
-        needed = PERM_W
-        marked = entry | PTE_A | PTE_D
-    if (permissions & needed) == 0:
-        cause = PF_P
-        if (denied & needed) != 0:
-            cause = PF_P | PF_PK
-        return 0, 0, _error_code(flags, user, cr4, efer, cause)
-    if marked != entry:
-        store_physical(memory, entry_gpa, entry_bytes, marked)
-    if (marked & PTE_D) == 0:
-        permissions = permissions & (PERM_R | PERM_X)
-    if (marked & PTE_G) != 0 and (cr4 & CR4_PGE) != 0:
-        permissions = permissions | PERM_GLOBAL
-    return frame | (address & offset), permissions, 0
+
+def walk_nested(
+    memory: PhysicalMemory,
+    address: int,
+    flags: int,
+    user: bool,
+    cr0: int,
+    cr3: int,
+    cr4: int,
+    efer: int,
+    ac: bool,
+    maxphyaddr: int,
+    pdpte: int,
+    pkru: int,
+    pkrs: int,
+    eptp: int,
+) -> tuple[int, int, int, int]:
+    """:func:`walk` under EPT: ``(hpa, permissions, error_code, outcome)``. With *eptp* 0 there is no EPT.
+
+    *outcome* is 0 unless an access of the walk, or the access itself, ends in an EPT violation or misconfiguration;
+    then it is that of :func:`lasskvm.x86.ept.ept_walk`, *permissions* is 0, and the address returned is the
+    guest-physical one that could not be translated. A page fault has *permissions* and *outcome* 0. *permissions* are
+    those that page tables and EPT both give.
+
+    In the order of SDM 29.3.3.3: for each paging-structure entry first EPT, then what the entry says; the access
+    rights of the page; and only then EPT for the page.
+    """
+    gpa, permissions, error_code, outcome = _walk(
+        memory, address, flags, user, cr0, cr3, cr4, efer, ac, maxphyaddr, pdpte, pkru, pkrs, eptp
+    )
+    if eptp == 0 or permissions == 0:
+        return gpa, permissions, error_code, outcome
+    hpa, ept_permissions, outcome = ept_walk(memory, gpa, flags, eptp, maxphyaddr, GPA_OF_LINEAR)
+    if outcome != 0:
+        return gpa, 0, 0, outcome
+    return hpa, permissions & (ept_permissions | PERM_GLOBAL), 0, 0
 
 
 def pdpte_reserved(pdpte: int, maxphyaddr: int) -> bool:
@@ -223,22 +207,93 @@ def pdpte_reserved(pdpte: int, maxphyaddr: int) -> bool:
     return (pdpte & PTE_P) != 0 and (pdpte & reserved) != 0
 
 
+def _walk(
+    memory: PhysicalMemory,
+    address: int,
+    flags: int,
+    user: bool,
+    cr0: int,
+    cr3: int,
+    cr4: int,
+    efer: int,
+    ac: bool,
+    maxphyaddr: int,
+    pdpte: int,
+    pkru: int,
+    pkrs: int,
+    eptp: int,
+) -> tuple[int, int, int, int]:
+    """The page walk as such, to a guest-physical address, with its tables under EPT: as :func:`walk_nested`."""
+    if (cr0 & CR0_PG) == 0:
+        return address & MASK32, PERM_ALL, 0, 0
+    entry_bytes = _ENTRY_BYTES
+    if (efer & EFER_LMA) != 0:
+        top_shift = _SHIFT_PML4
+        if (cr4 & CR4_LA57) != 0:
+            top_shift = _SHIFT_PML5
+        reserved = _reserved(maxphyaddr, efer)
+        entry_gpa, entry, frame, offset, rights, cause = _descend(
+            memory, address, cr3, top_shift, reserved, eptp, maxphyaddr
+        )
+    elif (cr4 & CR4_PAE) != 0:
+        if (pdpte & PTE_P) == 0:
+            return 0, 0, _error_code(flags, user, cr4, efer, 0), 0
+        reserved = _reserved(maxphyaddr, efer) | _PAE_RESERVED_HIGH
+        entry_gpa, entry, frame, offset, rights, cause = _descend(
+            memory, address, pdpte, _SHIFT_2M, reserved, eptp, maxphyaddr
+        )
+    else:
+        entry_bytes = _ENTRY_BYTES32
+        entry_gpa, entry, frame, offset, rights, cause = _descend32(
+            memory, address, cr3, cr4, eptp, maxphyaddr
+        )
+    if offset == 0:
+        if cause >= EPT_VIOLATION:
+            return entry_gpa, 0, 0, cause
+        return 0, 0, _error_code(flags, user, cr4, efer, cause), 0
+
+    denied = 0
+    if (cr4 & (CR4_PKE | CR4_PKS)) != 0 and (efer & EFER_LMA) != 0:
+        denied = _denied_by_key(entry, rights, user, cr0, cr4, pkru, pkrs)
+    permissions = _permissions(rights, user, cr0, cr4, ac) & (denied ^ PERM_ALL)
+    needed, marked = PERM_R, entry | PTE_A
+    if (flags & FETCH) != 0:
+        needed = PERM_X
+    elif (flags & WRITE) != 0:
+        needed = PERM_W
+        marked = entry | PTE_A | PTE_D
+    if (permissions & needed) == 0:
+        cause = PF_P
+        if (denied & needed) != 0:
+            cause = PF_P | PF_PK
+        return 0, 0, _error_code(flags, user, cr4, efer, cause), 0
+    if marked != entry:
+        outcome = _store_entry(memory, entry_gpa, entry_bytes, marked, eptp, maxphyaddr)
+        if outcome != 0:
+            return entry_gpa, 0, 0, outcome
+    if (marked & PTE_D) == 0:
+        permissions = permissions & (PERM_R | PERM_X)
+    if (marked & PTE_G) != 0 and (cr4 & CR4_PGE) != 0:
+        permissions = permissions | PERM_GLOBAL
+    return frame | (address & offset), permissions, 0, 0
+
+
 def _descend(
-    memory: PhysicalMemory, address: int, table: int, shift: int, reserved: int
+    memory: PhysicalMemory, address: int, table: int, shift: int, reserved: int, eptp: int, maxphyaddr: int
 ) -> tuple[int, int, int, int, int, int]:
     """Follow 8-byte entries down from *table* to the one that maps the page.
 
     Returns its gpa, the entry, the page's gpa, the mask of the offset within the page, the rights of all
     levels (bits as in an entry, except that ``PTE_XD`` means "no level has XD set"), and 0. Without a page,
-    the mask is 0 and the last is what the error code says about it: ``PF_P | PF_RSVD`` for a reserved bit, 0
-    for "not present".
+    the mask is 0 and the last is the cause. ``PF_P | PF_RSVD`` for a reserved bit and 0 for "not present" are
+    what the error code says about it; more is an outcome of EPT at the entry whose gpa comes first.
     """
     rights = MASK64
     while True:
         entry_gpa = (table & _ADDRESS) | (((address >> shift) & _INDEX) * _ENTRY_BYTES)
-        entry = load_physical(memory, entry_gpa, _ENTRY_BYTES)
+        entry, outcome = _load_entry(memory, entry_gpa, _ENTRY_BYTES, eptp, maxphyaddr)
         if (entry & PTE_P) == 0:
-            return 0, 0, 0, 0, 0, 0
+            return entry_gpa, 0, 0, 0, 0, outcome
         rights = rights & (entry ^ PTE_XD)
         large = shift != _SHIFT_4K and (entry & PTE_PS) != 0
         offset = (1 << shift) - 1
@@ -253,19 +308,21 @@ def _descend(
         if large or shift == _SHIFT_4K:
             return entry_gpa, entry, entry & _ADDRESS & ~offset, offset, rights, 0
         if (entry & PTE_A) == 0:
-            store_physical(memory, entry_gpa, _ENTRY_BYTES, entry | PTE_A)
+            outcome = _store_entry(memory, entry_gpa, _ENTRY_BYTES, entry | PTE_A, eptp, maxphyaddr)
+            if outcome != 0:
+                return entry_gpa, 0, 0, 0, 0, outcome
         table = entry
         shift = shift - _SHIFT_PER_LEVEL
 
 
 def _descend32(
-    memory: PhysicalMemory, address: int, cr3: int, cr4: int, maxphyaddr: int
+    memory: PhysicalMemory, address: int, cr3: int, cr4: int, eptp: int, maxphyaddr: int
 ) -> tuple[int, int, int, int, int, int]:
     """The same for the two levels of 4-byte entries of 32-bit paging (SDM 4.3)."""
     pde_gpa = (cr3 & _ADDRESS32) | (((address >> _SHIFT_4M) & _INDEX32) * _ENTRY_BYTES32)
-    pde = load_physical(memory, pde_gpa, _ENTRY_BYTES32)
+    pde, outcome = _load_entry(memory, pde_gpa, _ENTRY_BYTES32, eptp, maxphyaddr)
     if (pde & PTE_P) == 0:
-        return 0, 0, 0, 0, 0, 0
+        return pde_gpa, 0, 0, 0, 0, outcome
     rights = pde | PTE_XD
     if (pde & PTE_PS) != 0 and (cr4 & CR4_PSE) != 0:
         address_bits = _PSE36_ADDRESS_BITS
@@ -276,12 +333,39 @@ def _descend32(
         frame = (pde & MASK32 & ~_OFFSET_4M) | ((pde & _PSE36_FIELD) << _PSE36_SHIFT)
         return pde_gpa, pde, frame, _OFFSET_4M, rights, 0
     if (pde & PTE_A) == 0:
-        store_physical(memory, pde_gpa, _ENTRY_BYTES32, pde | PTE_A)
+        outcome = _store_entry(memory, pde_gpa, _ENTRY_BYTES32, pde | PTE_A, eptp, maxphyaddr)
+        if outcome != 0:
+            return pde_gpa, 0, 0, 0, 0, outcome
     pte_gpa = (pde & _ADDRESS32) | (((address >> _SHIFT_4K) & _INDEX32) * _ENTRY_BYTES32)
-    pte = load_physical(memory, pte_gpa, _ENTRY_BYTES32)
+    pte, outcome = _load_entry(memory, pte_gpa, _ENTRY_BYTES32, eptp, maxphyaddr)
     if (pte & PTE_P) == 0:
-        return 0, 0, 0, 0, 0, 0
+        return pte_gpa, 0, 0, 0, 0, outcome
     return pte_gpa, pte, pte & _ADDRESS32, _OFFSET_4K, rights & (pte | PTE_XD), 0
+
+
+def _load_entry(
+    memory: PhysicalMemory, entry_gpa: int, size: int, eptp: int, maxphyaddr: int
+) -> tuple[int, int]:
+    """A paging-structure entry and 0; 0 (not present) and an outcome when EPT does not let it be read."""
+    entry_hpa = entry_gpa
+    if eptp != 0:
+        entry_hpa, _, outcome = ept_walk(memory, entry_gpa, 0, eptp, maxphyaddr, GPA_OF_TABLE)
+        if outcome != 0:
+            return 0, outcome
+    return load_physical(memory, entry_hpa, size), 0
+
+
+def _store_entry(
+    memory: PhysicalMemory, entry_gpa: int, size: int, entry: int, eptp: int, maxphyaddr: int
+) -> int:
+    """Mark a paging-structure entry as accessed or dirty; 0, or an outcome when EPT does not let it be written."""
+    entry_hpa = entry_gpa
+    if eptp != 0:
+        entry_hpa, _, outcome = ept_walk(memory, entry_gpa, WRITE, eptp, maxphyaddr, GPA_OF_TABLE)
+        if outcome != 0:
+            return outcome
+    store_physical(memory, entry_hpa, size, entry)
+    return 0
 
 
 def _reserved(maxphyaddr: int, efer: int) -> int:

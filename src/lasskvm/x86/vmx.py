@@ -69,8 +69,8 @@ VM_ENTRY_IA32E_MODE = 1 << 9
 VM_ENTRY_LOAD_IA32_PAT = 1 << 14
 VM_ENTRY_LOAD_IA32_EFER = 1 << 15
 
-# Controls of the default1 class (appendix A.2): reserved or meaningful bits that are 1 unless the "true" capability MSRs
-# say that they may be 0.
+# Controls of the default1 class (appendix A.2): bits, reserved ones and others, that are 1 unless the "true" capability
+# MSRs say that they may be 0.
 PIN_BASED_ALWAYSON_WITHOUT_TRUE_MSR = 0x00000016
 CPU_BASED_ALWAYSON_WITHOUT_TRUE_MSR = 0x0401E172
 VM_EXIT_ALWAYSON_WITHOUT_TRUE_MSR = 0x00036DFF
@@ -204,8 +204,8 @@ PENDING_DEBUG_BREAKPOINTS = 0xF
 PENDING_DEBUG_ENABLED_BREAKPOINT = 1 << 12
 PENDING_DEBUG_BS = 1 << 14
 
-#: Access rights that VMWRITE keeps: those of a descriptor, and "unusable". Processors may drop the reserved bits or keep
-#: them; KVM drops them, so that VMREAD tells the same everywhere.
+#: Access rights that VMWRITE keeps: those of a descriptor, and "unusable". Processors may drop the reserved bits or
+#: keep them; KVM drops them, so that VMREAD tells the same everywhere.
 SEGMENT_AR_WRITABLE = 0x1F0FF
 
 

@@ -210,10 +210,10 @@ def memory_operand_information(
     scale: int = 1,
     register2: int = 0,
 ) -> int:
-    """An instruction with a memory operand, ``segment:[base + index * scale + displacement]`` (tables 28-9, 28-13, 28-14).
+    """An instruction with a memory operand, ``segment:[base + index * scale + displacement]`` (28-9, 28-13, 28-14).
 
-    *address_size* is in bytes; the displacement is the exit qualification. *register2* is the register operand of INVEPT,
-    INVPCID, INVVPID, VMREAD and VMWRITE, and says which instruction on LDTR or TR it was, as in
+    *address_size* is in bytes; the displacement is the exit qualification. *register2* is the register operand of
+    INVEPT, INVPCID, INVVPID, VMREAD and VMWRITE, and says which instruction on LDTR or TR it was, as in
     :func:`register_operand_information`. For XSAVES, XRSTORS, VMCLEAR, VMPTRLD, VMPTRST and VMXON it stays 0.
     """
     information = _SIZE_CODES[address_size] << _ADDRESS_SIZE_SHIFT | segment << _SEGMENT_SHIFT
@@ -225,8 +225,8 @@ def memory_operand_information(
 def register_operand_information(register1: int, register2: int = 0) -> int:
     """VMREAD, VMWRITE, and the instructions on LDTR and TR, where *register1* stands in for the memory operand.
 
-    *register2* is the register that has the encoding of the VMCS field (table 28-14), or the instruction: 0 SLDT, 1 STR,
-    2 LLDT, 3 LTR (table 28-11).
+    *register2* is the register that has the encoding of the VMCS field (table 28-14), or the instruction: 0 SLDT,
+    1 STR, 2 LLDT, 3 LTR (table 28-11).
     """
     return _REGISTER_OPERAND | register1 << _REGISTER1_SHIFT | register2 << _REGISTER2_SHIFT
 
@@ -234,8 +234,8 @@ def register_operand_information(register1: int, register2: int = 0) -> int:
 def descriptor_table_information(operand: int, instruction: int, operand_size: int) -> int:
     """GDTR and IDTR (table 28-10): *operand* is that of :func:`memory_operand_information`.
 
-    *instruction* is 0 for SGDT, 1 for SIDT, 2 for LGDT, 3 for LIDT. *operand_size* is 2 or 4 bytes; in 64-bit mode, where
-    the bit is undefined, 4.
+    *instruction* is 0 for SGDT, 1 for SIDT, 2 for LGDT, 3 for LIDT. *operand_size* is 2 or 4 bytes; 4 in 64-bit mode,
+    where the bit is undefined.
     """
     return operand | _SIZE_CODES[operand_size] << _OPERAND_SIZE_SHIFT | instruction << _REGISTER2_SHIFT
 

@@ -19,22 +19,7 @@ from lasskvm.kvm import ExecutionEngine, HltExit, Regs
 from lasskvm.x86.cpu_models import parse_cpu
 from lasskvm.x86.cpuid import FEATURES, cr4_allowed, efer_allowed
 from lasskvm.x86.exceptions import GP, UD
-from lasskvm.x86.registers import EFER_LMA, MASK32, RFLAGS_AC
-
-__all__ = [
-    "Probe",
-    "accepts_cr4",
-    "completed",
-    "faults",
-    "guest_of",
-    "has_no_msr",
-    "in_protected_mode",
-    "is_undefined",
-    "make_guest",
-    "refuses_cr4",
-    "result_of",
-    "shows",
-]
+from lasskvm.x86.registers import EFER_LMA, MASK32
 
 #: Guest-physical pages of the layout's pages to access.
 LOW_USER_PAGE, HIGH_SUPERVISOR_PAGE = layout.DATA_GPA, layout.DATA_GPA + 0xC000
@@ -90,7 +75,7 @@ def cpu_with(model: str, name: str) -> str:
 
 def completed(guest: Guest, source: str, *, cpl: int = 0, rflags: int = 0, **registers: int) -> Regs:
     """The registers when the program *source* has run to its end."""
-    outcome = guest.execute(source, cpl=cpl, rflags=rflags, **registers)
+    outcome = guest.execute(source, cpl=cpl, rflags=rflags, handlers=None, **registers)
     assert outcome.completed, f"{source}: {outcome}"
     return outcome.registers
 
@@ -108,7 +93,7 @@ def faults(
     """The instruction of *source* labelled ``fault`` (without a label: its first one) raises exception *vector*."""
     if "fault:" not in source:
         source = f"fault: {source}"
-    outcome = guest.execute(source, cpl=cpl, rflags=rflags, **registers)
+    outcome = guest.execute(source, cpl=cpl, rflags=rflags, handlers=None, **registers)
     assert (outcome.vector, outcome.error_code, outcome.label) == (vector, error_code, "fault"), (
         f"{source}: {outcome}"
     )
@@ -174,12 +159,12 @@ def refuses_cr4(bits: int) -> Judgement:
     return judge
 
 
-def is_undefined(*sources: str, registers: Mapping[str, int] | None = None, ac: bool = False) -> Judgement:
+def is_undefined(*sources: str, registers: Mapping[str, int] | None = None) -> Judgement:
     """Each of *sources* raises #UD; RBX points to a supervisor page."""
 
     def judge(guest: Guest) -> None:
         for source in sources:
-            faults(guest, source, UD, rflags=RFLAGS_AC * ac, **{"rbx": HIGH_SUPERVISOR} | (registers or {}))
+            faults(guest, source, UD, **{"rbx": HIGH_SUPERVISOR, **(registers or {})})
 
     return judge
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from features.probe import HIGH_SUPERVISOR_PAGE, Probe, completed, faults, has_no_msr
 from features.system_registers import READ_COUNTER
-
 from lasskvm.conformance.guest import Guest, Outcome
 from lasskvm.conformance.layout import HIGH_SUPERVISOR, UPPER
-from lasskvm.kvm import MmioExit
 from lasskvm.x86 import msr
 from lasskvm.x86.exceptions import GP
 from lasskvm.x86.kvm_para import PVCLOCK_TIME_INFO, PVCLOCK_WALL_CLOCK
@@ -18,15 +16,17 @@ APIC_GPA = 0xFEE00000
 #: Where the guest has the APIC's page.
 APIC = UPPER + 0x300000
 #: Registers of the APIC, as offsets in its page.
-VERSION, SPURIOUS, EOI, ISR_OF_VECTOR, COMMAND, TIMER_ENTRY = 0x30, 0xF0, 0xB0, 0x120, 0x300, 0x320
+VERSION, SPURIOUS, ISR_OF_VECTOR, COMMAND, TIMER_ENTRY = 0x30, 0xF0, 0x120, 0x300, 0x320
 INITIAL_COUNT, CURRENT_COUNT, DIVIDE = 0x380, 0x390, 0x3E0
-X2APIC_ID, X2APIC_SPURIOUS, X2APIC_TIMER_ENTRY, X2APIC_SELF_IPI = 0x802, 0x80F, 0x832, 0x83F
+X2APIC_ID, X2APIC_SPURIOUS, X2APIC_SELF_IPI = 0x802, 0x80F, 0x83F
 SOFTWARE_ENABLE = 1 << 8
 TSC_DEADLINE_MODE = 2 << 17
 TO_SELF = 1 << 18
 DIVIDE_BY_1 = 0b1011
 VECTOR = 0x51
 ONE_MS = 1_000_000
+#: A while that a guest can spend in a loop.
+DEADLINE = 50_000
 ENABLE_APIC = f"mov dword [rbx + {SPURIOUS}], {SOFTWARE_ENABLE | 0xFF:#x}; "
 #: Switch to x2APIC mode and enable the APIC.
 ENABLE_X2APIC = f"""
@@ -38,7 +38,7 @@ ENABLE_X2APIC = f"""
 def _interrupted(guest: Guest, source: str, **registers: int) -> Outcome:
     """What *source* comes to, at the interrupt of the APIC."""
     guest.tables.map(APIC, APIC_GPA)
-    outcome = guest.execute(source, rbx=APIC, **registers)
+    outcome = guest.execute(source, handlers=None, rbx=APIC, **registers)
     assert outcome.vector == VECTOR, outcome
     return outcome
 
@@ -48,23 +48,22 @@ def _counter(guest: Guest) -> int:
 
 
 def _apic(guest: Guest) -> None:
-    """It answers in memory, and sends its processor interrupts; one in service holds back the next."""
+    """It answers in memory, and an interrupt that it is told to send to its own processor comes and is in service."""
     outcome = _interrupted(
-        guest, f"{ENABLE_APIC} mov r8d, [rbx + {VERSION}]; mov dword [rbx + {COMMAND}], {TO_SELF | VECTOR:#x}; sti; nop; hlt"
+        guest,
+        f"{ENABLE_APIC} mov r8d, [rbx + {VERSION}]; mov dword [rbx + {COMMAND}], {TO_SELF | VECTOR:#x}; sti; nop; hlt",
     )
     assert outcome.registers.r8 & 0xFF == 0x14
-    in_service = int.from_bytes(guest.vcpu.get_lapic()[ISR_OF_VECTOR :][:4], "little")
+    in_service = int.from_bytes(guest.vcpu.get_lapic()[ISR_OF_VECTOR:][:4], "little")
     assert in_service == 1 << VECTOR % 32
     assert guest.vcpu.get_msr(msr.MSR_IA32_APIC_BASE) == APIC_GPA | APIC_BASE_BSP | APIC_BASE_ENABLE
 
 
 def _no_apic(guest: Guest) -> None:
-    """It is switched off, and nothing is where it was."""
+    """It is switched off, and where it was reads as all ones, as under KVM."""
     assert guest.vcpu.get_msr(msr.MSR_IA32_APIC_BASE) == APIC_GPA | APIC_BASE_BSP
     guest.tables.map(APIC, APIC_GPA)
-    guest.start(f"mov eax, [rbx + {VERSION}]", rbx=APIC)
-    access = guest.vcpu.run()
-    assert isinstance(access, MmioExit) or guest.vcpu.get_regs().rax == MASK32
+    assert completed(guest, f"mov eax, [rbx + {VERSION}]", rbx=APIC).rax == MASK32
 
 
 def _x2apic(guest: Guest) -> None:
@@ -86,7 +85,7 @@ def _no_x2apic(guest: Guest) -> None:
 
 ARM = f"""
     mov dword [rbx + {TIMER_ENTRY}], {TSC_DEADLINE_MODE | VECTOR:#x}
-    {READ_COUNTER} mov r8, rax; add rax, {ONE_MS}; mov rdx, rax; shr rdx, 32; mov ecx, {msr.MSR_IA32_TSC_DEADLINE:#x}
+    {READ_COUNTER} mov r8, rax; add rax, {DEADLINE}; mov rdx, rax; shr rdx, 32; mov ecx, {msr.MSR_IA32_TSC_DEADLINE:#x}
 """
 
 
@@ -95,11 +94,13 @@ def _tsc_deadline_timer(guest: Guest) -> None:
     for wait in ("hlt", "next: jmp next"):
         outcome = _interrupted(guest, f"{ENABLE_APIC} {ARM} wrmsr; rdmsr; mov r9d, eax; sti; {wait}")
         started = outcome.registers.r8
-        assert outcome.registers.r9 == started + ONE_MS & MASK32
-        assert started + ONE_MS <= _counter(guest) < started + 2 * ONE_MS
+        assert outcome.registers.r9 == started + DEADLINE & MASK32
+        assert started + DEADLINE <= _counter(guest) < started + 2 * DEADLINE
         assert guest.vcpu.get_msr(msr.MSR_IA32_TSC_DEADLINE) == 0
-    outcome = _interrupted(guest, f"{ENABLE_APIC} {ARM} xor eax, eax; mov edx, eax; inc eax; wrmsr; sti; nop; hlt")
-    assert _counter(guest) < outcome.registers.r8 + ONE_MS
+    outcome = _interrupted(
+        guest, f"{ENABLE_APIC} {ARM} xor eax, eax; mov edx, eax; inc eax; wrmsr; sti; nop; hlt"
+    )
+    assert _counter(guest) < outcome.registers.r8 + DEADLINE
 
 
 def _no_tsc_deadline_timer(guest: Guest) -> None:
@@ -125,7 +126,7 @@ def _sleeps_for_a_millisecond(guest: Guest) -> None:
     """The APIC timer ends HLT in time, and the counter has counted while the processor slept."""
     outcome = _interrupted(guest, COUNT_DOWN)
     assert ONE_MS // 2 < _counter(guest) - outcome.registers.r8 < 2 * ONE_MS
-    assert guest.vcpu.get_lapic()[CURRENT_COUNT :][:4] == bytes(4)
+    assert guest.vcpu.get_lapic()[CURRENT_COUNT:][:4] == bytes(4)
 
 
 # --------------------------------------------------------------------------------------------------- KVM's own features
@@ -143,7 +144,9 @@ def _clock(wall_clock: int, system_time: int) -> Probe:
         found = completed(
             guest, READ_KVMCLOCK, rbx=HIGH_SUPERVISOR + 0x40, rcx=system_time, rax=CLOCK_GPA | 1, rdx=0
         )
-        version, _, _, _, _, _, _ = PVCLOCK_TIME_INFO.unpack(guest.memory.read(CLOCK_GPA, PVCLOCK_TIME_INFO.size))
+        version, _, _, _, _, _, _ = PVCLOCK_TIME_INFO.unpack(
+            guest.memory.read(CLOCK_GPA, PVCLOCK_TIME_INFO.size)
+        )
         assert version
         assert version % 2 == 0
         assert 0 <= guest.vm.clock.now() - found.rax < ONE_MS

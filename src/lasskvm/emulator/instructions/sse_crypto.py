@@ -22,6 +22,8 @@ __all__ = ["PLAIN"]
 _BYTES = 16
 #: The polynomial that bytes are multiplied modulo.
 _POLYNOMIAL = 0x11B
+#: Its powers are all bytes but 0.
+_GENERATOR = 3
 _AFFINE_CONSTANT = 0x63
 _MIX, _UNMIX = (2, 3, 1, 1), (14, 11, 13, 9)
 
@@ -41,13 +43,13 @@ def _multiply(left: int, right: int) -> int:
 
 def _substitution() -> bytes:
     """SubBytes: the inverse in the field, then an affine transformation."""
-    table = bytearray(256)
-    for value in range(256):
-        inverse = next((other for other in range(256) if _multiply(value, other) == 1), 0)
-        rotations = inverse * 0x101
-        table[value] = (
-            inverse ^ rotations >> 4 ^ rotations >> 5 ^ rotations >> 6 ^ rotations >> 7
-        ) & 0xFF ^ _AFFINE_CONSTANT
+    powers = [1]
+    while (power := _multiply(powers[-1], _GENERATOR)) != 1:
+        powers.append(power)
+    table = bytearray([_AFFINE_CONSTANT] * 256)
+    for exponent, value in enumerate(powers):
+        rotations = powers[-exponent] * 0x101
+        table[value] ^= (rotations ^ rotations >> 4 ^ rotations >> 5 ^ rotations >> 6 ^ rotations >> 7) & 0xFF
     return bytes(table)
 
 

@@ -1,4 +1,4 @@
-"""Features of paging and of access rights: what is translated, and what is refused with which exception."""
+"""Features of paging: what is translated to what, with which tables; and of memory types, which are only kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from features.probe import (
     LOW_USER_PAGE,
     Probe,
     accepts_cr4,
-    all_of,
     completed,
     faults,
     has_no_msr,
@@ -15,13 +14,11 @@ from features.probe import (
     is_undefined,
     refuses_cr4,
 )
-
 from lasskvm.conformance import layout
 from lasskvm.conformance.guest import Guest
 from lasskvm.conformance.layout import (
     HIGH_SUPERVISOR,
-    HIGH_USER,
-    LOW_SUPERVISOR,
+    KERNEL_CODE,
     LOW_USER,
     UPPER,
     PageTables,
@@ -29,32 +26,27 @@ from lasskvm.conformance.layout import (
 from lasskvm.kvm import Regs
 from lasskvm.memory import PAGE_SIZE
 from lasskvm.x86 import msr
-from lasskvm.x86.exceptions import GP, PF, PF_I, PF_P, PF_PK, PF_RSVD, PF_U, PF_W
-from lasskvm.x86.paging import PTE_D, PTE_G, PTE_KEY_SHIFT, PTE_P, PTE_PS, PTE_U, PTE_W, PTE_XD
+from lasskvm.x86.exceptions import GP, PF, PF_I, PF_P, PF_RSVD, PF_U
+from lasskvm.x86.paging import PTE_D, PTE_G, PTE_P, PTE_PS, PTE_U, PTE_W, PTE_XD
 from lasskvm.x86.registers import (
     CR0_PG,
-    CR3_LAM_U48,
-    CR3_LAM_U57,
     CR4_LA57,
-    CR4_LAM_SUP,
-    CR4_LASS,
     CR4_PAE,
     CR4_PCIDE,
     CR4_PGE,
-    CR4_PKE,
-    CR4_PKS,
     CR4_PSE,
-    CR4_SMAP,
-    CR4_SMEP,
     EFER_LMA,
     EFER_LME,
     EFER_NXE,
+    MASK32,
     MASK64,
     RFLAGS_AC,
 )
 
 SINCE_THE_PENTIUM_PRO = "every processor since the Pentium Pro has it, and firmware does not ask"
-THE_WALK_HAS_IT = "the page walk is that of a processor which has it, as under KVM with two-dimensional paging"
+THE_WALK_HAS_IT = (
+    "the page walk is that of a processor which has it, as under KVM with two-dimensional paging"
+)
 
 OLD, NEW = 0x1111, 0x2222
 RET = b"\xc3"
@@ -139,8 +131,9 @@ def _pae(guest: Guest) -> None:
 
 
 def _lm(guest: Guest) -> None:
-    found = completed(guest, "mov r15, -1; lea rbx, [rip + 0]; here: rdmsr", rcx=msr.MSR_IA32_EFER)
-    assert (found.r15, found.rbx >> 47) == (MASK64, MASK64 >> 47)
+    found = completed(guest, "mov r15, -1; lea rbx, [rip + here]; here: rdmsr", rcx=msr.MSR_IA32_EFER)
+    assert found.r15 == MASK64
+    assert found.rbx // PAGE_SIZE == KERNEL_CODE // PAGE_SIZE
     assert found.rax & (EFER_LME | EFER_LMA) == EFER_LME | EFER_LMA
 
 
@@ -201,16 +194,19 @@ def _no_la57(guest: Guest) -> None:
 
 
 def _pge(guest: Guest) -> None:
-    """A change of CR3 leaves global translations alone, and a change of CR4.PGE forgets them."""
-    remap = "mov r8, [rbx]; mov [rdi], rsi; mov rax, cr3; mov cr3, rax; mov r9, [rbx]; "
-    forget = f"mov rax, cr4; xor eax, {CR4_PGE:#x}; mov cr4, rax; mov r10, [rbx]"
+    """A change of CR3 may leave global translations alone, as direct execution does; one of CR4.PGE forgets them."""
+    kept = OLD if guest.vm.engine == "jit" else NEW
+    remap = "mov r8, [rbx]; mov [rdi], rsi; "
+    reload_cr3 = "mov rax, cr3; mov cr3, rax; mov r9, [rbx]; "
+    change_pge = f"mov rax, cr4; xor eax, {CR4_PGE:#x}; mov cr4, rax; mov r10, [rbx]"
     guest.memory.store(HIGH_SUPERVISOR_PAGE, 8, OLD)
     guest.memory.store(LOW_USER_PAGE, 8, NEW)
-    for flags, behind_cr3 in ((PTE_G, OLD), (0, NEW)):
-        guest.tables.map(HIGH_SUPERVISOR, HIGH_SUPERVISOR_PAGE, flags)
-        change = _remapped(guest, HIGH_SUPERVISOR, LOW_USER_PAGE, flags)
-        found = completed(guest, remap + forget, rbx=HIGH_SUPERVISOR, **change)
-        assert (found.r8, found.r9, found.r10) == (OLD, behind_cr3, NEW)
+    for flags, behind_cr3 in ((PTE_G, kept), (0, NEW)):
+        for source in (remap + reload_cr3 + change_pge, remap + change_pge):
+            guest.tables.map(HIGH_SUPERVISOR, HIGH_SUPERVISOR_PAGE, flags)
+            entry = _remapped(guest, HIGH_SUPERVISOR, LOW_USER_PAGE, flags)
+            found = completed(guest, source, rbx=HIGH_SUPERVISOR, r9=behind_cr3, **entry)
+            assert (found.r8, found.r9, found.r10) == (OLD, behind_cr3, NEW)
 
 
 PAT_AT_RESET = 0x0007_0406_0007_0406
@@ -220,13 +216,40 @@ PTE_PAT = 1 << 7
 
 def _pat(guest: Guest) -> None:
     assert guest.vcpu.get_msr(msr.MSR_IA32_PAT) == PAT_AT_RESET
-    found = completed(guest, "wrmsr; xor eax, eax; rdmsr", rcx=msr.MSR_IA32_PAT, rax=0x0007_0106, rdx=0x0007_0405)
+    found = completed(
+        guest, "wrmsr; xor eax, eax; rdmsr", rcx=msr.MSR_IA32_PAT, rax=0x0007_0106, rdx=0x0007_0405
+    )
     assert (found.rax, found.rdx) == (0x0007_0106, 0x0007_0405)
     for reserved in (0x0007_0206, 0x0307_0406, 0x0008_0406):
         faults(guest, "wrmsr", GP, 0, rcx=msr.MSR_IA32_PAT, rax=reserved, rdx=0)
     guest.tables.map(LOW_USER, LOW_USER_PAGE, PTE_U | PTE_PAT)
     guest.memory.store(LOW_USER_PAGE, 8, OLD)
     assert completed(guest, "mov rax, [rbx]", cpl=3, rbx=LOW_USER).rax == OLD
+
+
+MTRR_ENABLED = 1 << 11 | 1 << 10
+WRITE_BACK = 6
+#: MTRRCAP: eight variable ranges, fixed ranges, write combining.
+MTRR_CAPABILITIES = 8 | 1 << 8 | 1 << 10
+RANGE_VALID = 1 << 11
+
+
+def _mtrr(guest: Guest) -> None:
+    """Ranges and their types are kept, and checked."""
+    faults(guest, "rdmsr; fault: wrmsr", GP, 0, rcx=msr.MSR_IA32_MTRRCAP)
+    assert guest.vcpu.get_msr(msr.MSR_IA32_MTRRCAP) == MTRR_CAPABILITIES
+    written_back = "wrmsr; xor eax, eax; xor edx, edx; rdmsr; shl rdx, 32; or rax, rdx"
+    for index, value in (
+        (msr.MSR_IA32_MTRR_DEF_TYPE, MTRR_ENABLED | WRITE_BACK),
+        (msr.MSR_IA32_MTRR_PHYSBASE0 + 14, 0xC000_0000 | WRITE_BACK),
+        (msr.MSR_IA32_MTRR_PHYSMASK0 + 14, 0x3F_C000_0000 | RANGE_VALID),
+        (msr.MSR_IA32_MTRR_FIX4K_C0000, 0x0605_0401_0006_0504),
+    ):
+        found = completed(guest, written_back, rcx=index, rax=value & MASK32, rdx=value >> 32)
+        assert found.rax == value
+        for reserved in (2, 3, 7):
+            faults(guest, "wrmsr", GP, 0, rcx=index, rax=value & ~7 & MASK32 | reserved, rdx=0)
+        guest.vcpu.set_msr(index, 0)
 
 
 def _other_tables(guest: Guest) -> int:
@@ -250,11 +273,14 @@ def _pcid(guest: Guest) -> None:
     for no_flush in (0, 1 << 63):
         found = completed(
             guest,
-            enable + "mov cr3, rdi; mov r8, [rbx]; mov cr3, rsi; mov r9, [rbx]; mov cr3, rdi; mov r10, [rbx]; mov rdx, cr3",
+            f"{enable} mov cr3, rdi; mov r8, [rbx]; mov cr3, rsi; mov r9, [rbx]; mov cr3, rdi; mov r10, [rbx]; "
+            "mov rdx, cr3",
             rflags=RFLAGS_AC, rbx=LOW_USER, rdi=first | no_flush, rsi=second | no_flush,
         )  # fmt: skip
         assert (found.r8, found.r9, found.r10, found.rdx) == (OLD, NEW, OLD, first)
-    faults(guest, f"mov rax, cr3; or eax, 1; mov cr3, rax; {enable.replace('mov cr4', 'fault: mov cr4')}", GP, 0)
+    faults(
+        guest, f"mov rax, cr3; or eax, 1; mov cr3, rax; {enable.replace('mov cr4', 'fault: mov cr4')}", GP, 0
+    )
 
 
 def _no_pcid(guest: Guest) -> None:
@@ -275,134 +301,17 @@ def _invpcid(guest: Guest) -> None:
     faults(guest, source, GP, 0, rbx=HIGH_SUPERVISOR, rcx=4, **change)
 
 
-# ------------------------------------------------------------------------------------- what a supervisor may not touch
-
-
-def _smep(guest: Guest) -> None:
-    assert guest.cr4 & CR4_SMEP
-    guest.write(HIGH_USER, RET)
-    outcome = guest.execute("jmp rbx", rbx=HIGH_USER)
-    assert (outcome.vector, outcome.error_code, outcome.rip) == (PF, PF_P | PF_I, HIGH_USER)
-    guest.cr4 &= ~CR4_SMEP
-    completed(guest, "call rbx", rbx=HIGH_USER)
-
-
-def _no_smep(guest: Guest) -> None:
-    refuses_cr4(CR4_SMEP)(guest)
-    guest.reset()
-    guest.cr4 &= ~CR4_SMEP
-    guest.write(HIGH_USER, RET)
-    completed(guest, "call rbx", rbx=HIGH_USER)
-
-
-def _smap(guest: Guest) -> None:
-    assert guest.cr4 & CR4_SMAP
-    faults(guest, "mov al, [rbx]", PF, PF_P, rbx=HIGH_USER)
-    faults(guest, "stac; mov [rbx], al; clac; fault: mov [rbx], al", PF, PF_P | PF_W, rbx=HIGH_USER)
-    guest.cr4 &= ~CR4_SMAP
-    completed(guest, "mov al, [rbx]", rbx=HIGH_USER)
-
-
-def _lass(guest: Guest) -> None:
-    assert guest.cr4 & CR4_LASS
-    faults(guest, "mov al, [rbx]", GP, 0, rbx=LOW_SUPERVISOR)
-    completed(guest, "stac; mov al, [rbx]", rbx=LOW_SUPERVISOR)
-    outcome = guest.execute("fault: jmp rbx", rflags=RFLAGS_AC, rbx=LOW_SUPERVISOR)
-    assert (outcome.vector, outcome.error_code) == (GP, 0)
-    faults(guest, "mov al, [rbx]", GP, 0, cpl=3, rbx=HIGH_USER)
-    guest.cr4 &= ~CR4_LASS
-    completed(guest, "mov al, [rbx]", cpl=3, rbx=HIGH_USER)
-    completed(guest, "mov al, [rbx]", rbx=LOW_SUPERVISOR)
-
-
-def _no_lass(guest: Guest) -> None:
-    refuses_cr4(CR4_LASS)(guest)
-    completed(guest, "mov al, [rbx]", cpl=3, rbx=HIGH_USER)
-
-
-# ----------------------------------------------------------------------------------------------------- protection keys
-
-KEY = 5
-ACCESS_DISABLE, WRITE_DISABLE = 1 << 2 * KEY, 2 << 2 * KEY
-
-
-def _pku(guest: Guest) -> None:
-    guest.cr4 |= CR4_PKE
-    guest.tables.map(LOW_USER, LOW_USER_PAGE, PTE_U | KEY << PTE_KEY_SHIFT)
-    set_rights = "inc byte [rbx]; xor ecx, ecx; xor edx, edx; wrpkru; "
-    write_only = PF_P | PF_U | PF_PK
-    faults(guest, f"{set_rights} fault: mov al, [rbx]", PF, write_only, cpl=3, rbx=LOW_USER, rax=ACCESS_DISABLE)
-    faults(guest, f"{set_rights} mov cl, [rbx]; fault: mov [rbx], al", PF, write_only | PF_W, cpl=3, rbx=LOW_USER,
-           rax=WRITE_DISABLE)  # fmt: skip
-    others = MASK64 & 0xFFFF_FFFF & ~(ACCESS_DISABLE | WRITE_DISABLE | 3)
-    found = completed(guest, f"{set_rights} inc byte [rbx]; rdpkru", cpl=3, rbx=LOW_USER, rax=others)
-    assert (found.rax, found.rdx) == (others, 0)
-    guest.memory.write(LOW_USER_PAGE + 8, RET)
-    completed(guest, f"{set_rights} lea rbx, [rbx + 8]; call rbx", cpl=3, rbx=LOW_USER, rax=ACCESS_DISABLE)
-
-
-def _pks(guest: Guest) -> None:
-    guest.cr4 |= CR4_PKS
-    guest.tables.map(HIGH_SUPERVISOR, HIGH_SUPERVISOR_PAGE, KEY << PTE_KEY_SHIFT)
-    set_rights = f"inc byte [rbx]; mov ecx, {msr.MSR_IA32_PKRS:#x}; xor edx, edx; wrmsr; "
-    faults(guest, f"{set_rights} fault: mov al, [rbx]", PF, PF_P | PF_PK, rbx=HIGH_SUPERVISOR, rax=ACCESS_DISABLE)
-    faults(guest, f"{set_rights} mov cl, [rbx]; fault: mov [rbx], al", PF, PF_P | PF_W | PF_PK, rbx=HIGH_SUPERVISOR,
-           rax=WRITE_DISABLE)  # fmt: skip
-    assert completed(guest, f"{set_rights} inc byte [rbx]; rdmsr", rbx=HIGH_SUPERVISOR, rax=3).rax == 3
-
-
-# ----------------------------------------------------------------------------------------------- linear-address masking
-
-METADATA48, METADATA57 = 0x2A5A << 48, 0x2A << 57
-LAM_BITS48, LAM_BITS57 = 0x7FFF << 48, 0x3F << 57
-
-
-def _tagged(address: int, bits: int, metadata: int) -> int:
-    return address & ~bits | metadata
-
-
-def _lam(guest: Guest) -> None:
-    assert accepts_cr4(guest, CR4_LAM_SUP)
-    for page in (LOW_USER_PAGE, HIGH_SUPERVISOR_PAGE):
-        guest.memory.store(page, 8, NEW)
-    for lam, bits, metadata in ((CR3_LAM_U48, LAM_BITS48, METADATA48), (CR3_LAM_U57, LAM_BITS57, METADATA57)):
-        pointer = _tagged(LOW_USER, bits, metadata)
-        faults(guest, "mov rax, [rbx]", GP, 0, cpl=3, rbx=pointer)
-        guest.sregs["cr3"] = guest.tables.root | lam
-        assert completed(guest, "mov rax, [rbx]", cpl=3, rbx=pointer).rax == NEW
-        faults(guest, "jmp rbx", GP, 0, cpl=3, rbx=pointer)
-        guest.sregs.clear()
-    completed(guest, f"mov rax, cr3; bts rax, {CR3_LAM_U57.bit_length() - 1}; mov cr3, rax")
-    pointer = _tagged(HIGH_SUPERVISOR, LAM_BITS48, METADATA48)
-    faults(guest, "mov rax, [rbx]", GP, 0, rbx=pointer)
-    guest.cr4 |= CR4_LAM_SUP
-    assert completed(guest, "mov rax, [rbx]", rbx=pointer).rax == NEW
-    # The metadata do not reach bit 63, which says whose the address is.
-    faults(guest, "mov rax, [rbx]", GP, 0, rbx=pointer & ~(1 << 63))
-
-
-def _no_lam(guest: Guest) -> None:
-    refuses_cr4(CR4_LAM_SUP)(guest)
-    for bit in (61, 62):
-        faults(guest, f"mov rax, cr3; bts rax, {bit}; fault: mov cr3, rax", GP, 0)
-
-
 PROBES = {
     "pse": Probe(_pse, only_cpuid=SINCE_THE_PENTIUM_PRO),
     "pse36": Probe(_pse36, only_cpuid=THE_WALK_HAS_IT),
     "pae": Probe(_pae, only_cpuid=SINCE_THE_PENTIUM_PRO),
     "pge": Probe(_pge, only_cpuid=SINCE_THE_PENTIUM_PRO),
     "pat": Probe(_pat, only_cpuid=SINCE_THE_PENTIUM_PRO),
+    "mtrr": Probe(_mtrr, has_no_msr(msr.MSR_IA32_MTRRCAP, msr.MSR_IA32_MTRR_DEF_TYPE)),
     "pdpe1gb": Probe(_pdpe1gb, only_cpuid=THE_WALK_HAS_IT),
     "lm": Probe(_lm, _no_lm),
     "nx": Probe(_nx, _no_nx),
     "la57": Probe(_la57, _no_la57, levels=5),
     "pcid": Probe(_pcid, _no_pcid),
     "invpcid": Probe(_invpcid, is_undefined("invpcid rcx, [rbx]")),
-    "smep": Probe(_smep, _no_smep),
-    "smap": Probe(_smap, all_of(refuses_cr4(CR4_SMAP), is_undefined("stac", "clac"))),
-    "lass": Probe(_lass, _no_lass),
-    "pku": Probe(_pku, all_of(refuses_cr4(CR4_PKE), is_undefined("rdpkru", "wrpkru"))),
-    "pks": Probe(_pks, all_of(refuses_cr4(CR4_PKS), has_no_msr(msr.MSR_IA32_PKRS))),
-    "lam": Probe(_lam, _no_lam),
 }
