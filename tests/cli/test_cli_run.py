@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from cli_support import Boot, Cli, Result, bzimage, elf, kernel
 
-from lasskvm.cli.run import LINUX_COMMAND_LINE
+from lasskvm.cli.run_machine import KERNEL_WORDS
 from lasskvm.images import Manifest
 
 #: 13 bytes.
@@ -109,7 +109,7 @@ def test_a_guest_that_never_ends_is_ended_at_the_time_limit(boot: Boot) -> None:
 
 def test_the_default_command_line_names_the_console(boot: Boot) -> None:
     result = boot(SHOW_COMMAND_LINE)
-    assert result.out.startswith(LINUX_COMMAND_LINE)
+    assert result.out.startswith(KERNEL_WORDS)
     assert "earlyprintk=serial" in result.out
 
 

@@ -26,14 +26,14 @@ from lasskvm.x86.msr import APIC_BASE_ENABLE, APIC_BASE_X2APIC, MSR_IA32_APIC_BA
 
 ROUNDS = 100_000
 #: For one device alone.
-FEWER_ROUNDS = 20_000
+FEWER_ROUNDS = 50_000
 SIZES = (1, 2, 4)
 MMIO_SIZES = (1, 2, 4, 8)
 MEMORY_SIZE = 1 << 20
 #: More timers than this in the queue would mean that cancelled ones pile up.
 QUEUE_LIMIT = 200
-#: All devices' states together as text, without the test memory.
-STATE_LIMIT = 30_000
+#: All devices' states together as text, without the test memory; input that waits is most of it.
+STATE_LIMIT = 30_000 + 6 * BACKLOG_LIMIT
 WAITING_LIMIT = 10_000
 PAGE = 0x1000
 LAPIC_PAGE = 0xFEE0_0000

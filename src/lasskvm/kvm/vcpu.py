@@ -44,6 +44,7 @@ from lasskvm.state import (
     PAT,
     PKRS,
     PKRU,
+    RDX,
     RFLAGS,
     SFMASK,
     STAR,
@@ -54,6 +55,7 @@ from lasskvm.state import (
     TSC_AUX,
     XCR0,
 )
+from lasskvm.x86.cpuid import EAX, LEAF_FEATURES
 from lasskvm.x86.exceptions import NMI
 from lasskvm.x86.registers import CR0_CD, CR0_NW, RFLAGS_IF
 
@@ -144,6 +146,7 @@ class Vcpu(ReportingVcpu):
         for index, value in kept.items():
             words[index] = value
         words[CR0] = words[CR0] & ~(CR0_CD | CR0_NW) | cache_control
+        words[RDX] = self.cpuid.word(LEAF_FEATURES, 0, EAX)
         self._drop_what_is_pending()
         if self.devices.lapic is not None:
             self.devices.lapic.init_reset()

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from lasskvm.kvm import registers_fpu
 from lasskvm.kvm.structures import DebugRegs, Fpu
 from lasskvm.state import DR0, DR6, DR7, PKRU, TLB_FLUSH, XCR0, VcpuState
-from lasskvm.x86.cpuid import EAX, LEAF_XSAVE, CpuidTable
+from lasskvm.x86.cpuid import CpuidTable
 from lasskvm.x86.registers import DR6_FIXED, DR7_FIXED, MASK32
+from lasskvm.x86.xsave import is_valid_xcr0
 
 if TYPE_CHECKING:
     from lasskvm.emulator.context import Emulation
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["ExtendedRegisters"]
 
 _BREAKPOINTS = 4
-_XCR0_X87 = 1 << 0
 
 
 class ExtendedRegisters:
@@ -57,9 +57,8 @@ class ExtendedRegisters:
 
     def set_xcrs(self, values: Mapping[int, int]) -> None:
         """``KVM_SET_XCRS``; OSError with EINVAL for other registers than XCR0, and for what CPUID does not offer."""
-        supported = _XCR0_X87 | self.cpuid.word(LEAF_XSAVE, 0, EAX)
         for index, value in values.items():
-            if index or value & ~supported or not value & _XCR0_X87:
+            if index or not is_valid_xcr0(value, self.cpuid):
                 raise OSError(
                     errno.EINVAL, f"KVM_SET_XCRS: the guest's CPUID does not allow XCR{index} {value:#x}"
                 )

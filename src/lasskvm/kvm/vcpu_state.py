@@ -35,6 +35,7 @@ from lasskvm.kvm.structures import (
 from lasskvm.kvm.vcpu_devices import VcpuDevices
 from lasskvm.kvm.vcpu_extended import ExtendedRegisters
 from lasskvm.kvm.vendor import VendorOps, vendor_ops
+from lasskvm.lass import INVLPG
 from lasskvm.memory import PAGE_SHIFT
 from lasskvm.state import (
     CPL,
@@ -314,9 +315,9 @@ class StatefulVcpu(ExtendedRegisters):
     def translate(self, gva: int) -> Translation:
         """``KVM_TRANSLATE``: where linear *gva* is mapped to, for a supervisor read with RFLAGS.AC set.
 
-        So neither SMAP nor LASS hides what is mapped.
+        So neither SMAP nor LASS hides what is mapped. The address is taken as it is, without masking by LAM.
         """
-        gpa, _, vector, _ = translate(self.state.words, self.vm.memory, gva, 1, 0, 0, RFLAGS_AC)
+        gpa, _, vector, _ = translate(self.state.words, self.vm.memory, gva, 1, INVLPG, 0, RFLAGS_AC)
         return Translation(0 if vector else gpa, valid=not vector)
 
     def interrupt(self, vector: int) -> None:

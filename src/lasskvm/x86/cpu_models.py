@@ -40,6 +40,15 @@ from lasskvm.x86.cpuid import (
     significant_index,
 )
 from lasskvm.x86.kvm_para import KVM_SIGNATURE
+from lasskvm.x86.xsave import (
+    COMPONENT_PKRU,
+    COMPONENT_SSE,
+    COMPONENT_X87,
+    PKRU_BYTES,
+    PKRU_OFFSET,
+    XSAVE_HEADER,
+    XSAVE_HEADER_BYTES,
+)
 
 __all__ = ["SUPPORTED", "CpuModel", "list_models", "parse_cpu"]
 
@@ -120,12 +129,9 @@ _AMD_L2_ECX = _L2_ECX | 1 << 8
 _AMD_REPEATED_BITS = 0x0183F3FF
 _MAX_STRUCTURED_SUBLEAF = 1
 
-# Leaf 0DH: components of the XSAVE area
-_XCR0_X87_SSE = 1 << 0 | 1 << 1
-_PKRU_COMPONENT = 9
-#: Where PKRU is in the standard format: the same on all processors, behind what they have of AVX-512.
-_PKRU_OFFSET, _PKRU_BYTES = 2688, 8
-_LEGACY_XSAVE_BYTES = 576
+# Leaf 0DH: the XSAVE area
+_PKRU_SUBLEAF = COMPONENT_PKRU.bit_length() - 1
+_LEGACY_XSAVE_BYTES = XSAVE_HEADER + XSAVE_HEADER_BYTES
 
 
 #: What leaves return: EAX to EDX by leaf and subleaf.
@@ -236,12 +242,12 @@ class CpuModel:
 
     def _xsave_leaves(self) -> _Leaves:
         """Leaf 0DH but for the sizes that depend on XCR0, which the lookup knows."""
-        components, size = _XCR0_X87_SSE, _LEGACY_XSAVE_BYTES
+        components, size = COMPONENT_X87 | COMPONENT_SSE, _LEGACY_XSAVE_BYTES
         leaves: _Leaves = {(LEAF_XSAVE, 1): (0, 0, 0, 0)}
         if "pku" in self.features:
-            components |= 1 << _PKRU_COMPONENT
-            size = _PKRU_OFFSET + _PKRU_BYTES
-            leaves[LEAF_XSAVE, _PKRU_COMPONENT] = (_PKRU_BYTES, _PKRU_OFFSET, 0, 0)
+            components |= COMPONENT_PKRU
+            size = PKRU_OFFSET + PKRU_BYTES
+            leaves[LEAF_XSAVE, _PKRU_SUBLEAF] = (PKRU_BYTES, PKRU_OFFSET, 0, 0)
         leaves[LEAF_XSAVE, 0] = (components, _LEGACY_XSAVE_BYTES, size, 0)
         return leaves
 
