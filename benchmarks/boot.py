@@ -15,11 +15,12 @@ __all__ = ["run"]
 _KERNEL_START = "Linux version"
 _MIB = 1 << 20
 
-#: The bars of docs/architecture.md: boot time by QEMU's, LASS on by LASS off, seconds for a program, MiB beyond
-#: guest RAM.
+#: The bars of docs/architecture.md: boot time by that of QEMU, LASS on by off, APICs, ACPI and kvm-clock by without,
+#: seconds for a program, MiB beyond guest RAM.
 _BOOT_BAR = 0.8
 _PROGRAM_BAR = 6.0
 _LASS_BAR = 1.02
+_APIC_BAR = 1.15
 _MEMORY_BAR = 400.0
 
 
@@ -29,6 +30,8 @@ def run(context: Context) -> list[Row]:
     commands = {
         "LASS on": machines.lasskvm(kernel, initrd),
         "LASS off": machines.lasskvm(kernel, initrd, lass=False),
+        "APIC": machines.lasskvm(kernel, initrd, command_line=machines.WITH_APIC_AND_ACPI),
+        "no APIC": machines.lasskvm(kernel, initrd, command_line=machines.WITHOUT_KVM_CLOCK),
     }
     qemu = machines.qemu(context.qemu, kernel, initrd)
     if qemu is not None:
@@ -53,6 +56,13 @@ def run(context: Context) -> list[Row]:
     return [
         compared("boot to /init, against QEMU", _boot(on), _boot(theirs), "s", at_most=_BOOT_BAR, note=note),
         compared("boot to /init, against LASS off", _boot(on), _boot(off), "s", at_most=_LASS_BAR),
+        compared(
+            "boot with APIC, ACPI and kvm-clock, against without",
+            _boot(sessions["APIC"]),
+            _boot(sessions["no APIC"]),
+            "s",
+            at_most=_APIC_BAR,
+        ),
         compared("boot, whole process", _whole(on), _whole(theirs), "s", note=missing),
         limited("lasskvm run debian -- true", median(programs), "s", at_most=_PROGRAM_BAR),
         limited(

@@ -15,6 +15,8 @@ __all__ = [
     "COMMAND_LINE",
     "QEMU",
     "QEMU_MISSING",
+    "WITHOUT_KVM_CLOCK",
+    "WITH_APIC_AND_ACPI",
     "find_qemu",
     "lasskvm",
     "lasskvm_image",
@@ -37,10 +39,22 @@ COMMAND_LINE = (
 )
 
 
-def lasskvm(kernel: Path, initrd: Path, *, lass: bool = True, clock: str | None = None) -> list[str]:
+#: The same without a word against what a PC has: interrupts by the APICs, tables of ACPI; and without kvm-clock.
+WITH_APIC_AND_ACPI = COMMAND_LINE.replace("noapic nolapic acpi=off ", "")
+WITHOUT_KVM_CLOCK = f"{COMMAND_LINE} no-kvmclock"
+
+
+def lasskvm(
+    kernel: Path,
+    initrd: Path,
+    *,
+    lass: bool = True,
+    clock: str | None = None,
+    command_line: str = COMMAND_LINE,
+) -> list[str]:
     """This package; *clock* is that of ``--clock``."""
     command = [sys.executable, "-m", "lasskvm", "run", str(kernel), "--initrd", str(initrd)]
-    command += ["--memory", str(GUEST_MEMORY_MIB), "--cmdline", COMMAND_LINE]
+    command += ["--memory", str(GUEST_MEMORY_MIB), "--cmdline", command_line, "--on-reset", "exit"]
     if not lass:
         command += ["--cpu", "max,-lass"]
     if clock is not None:

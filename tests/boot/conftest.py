@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +20,12 @@ from pathlib import Path
 import pytest
 
 from lasskvm.errors import LassKvmError
-from lasskvm.images import Image, ImageCache, pull_debian
+from lasskvm.images import Image, ImageCache, pull, pull_debian
 
 GUESTS = Path(__file__).parents[2] / "guests"
 #: Far more than a run takes, also on a busy host that has to compile the engine first.
 RUN_SECONDS = 200
+_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Run:
 
 
 LassKvm = Callable[..., Run]
+Until = Callable[..., str]
 GuestProgram = Callable[[str], Path]
 
 
@@ -157,6 +161,46 @@ def run_lasskvm(*words: str | Path, typed: str | None = None) -> Run:
     )
     assert b"Traceback" not in process.stderr, process.stderr.decode()
     return Run(process.returncode, process.stdout.decode(errors="replace"), process.stderr.decode())
+
+
+@pytest.fixture(scope="session")
+def until(shared_folder: Path) -> Until:
+    """A function that runs an image of Debian's, by its name, until its output has a text, and gives what it said.
+
+    More words of the command line may follow. The image is pulled if there is none.
+    """
+
+    def run(name: str, text: str, *words: str) -> str:
+        with locked(shared_folder):
+            if not any(image.is_intact() for image in ImageCache().images(name)):
+                try:
+                    pull(name, progress=print)
+                except LassKvmError as error:
+                    give_up(f"no {name} to start: {error}")
+        return output_until(text, [sys.executable, "-m", "lasskvm", "run", name, *words])
+
+    return run
+
+
+def output_until(text: str, command: list[str]) -> str:
+    deadline = time.monotonic() + RUN_SECONDS
+    output = b""
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            while text not in output.decode(errors="replace"):
+                remaining = max(0.0, deadline - time.monotonic())
+                if not select.select([process.stdout], [], [], remaining)[0]:
+                    break
+                chunk = os.read(process.stdout.fileno(), _CHUNK)
+                if not chunk:
+                    break
+                output += chunk
+        finally:
+            process.kill()
+    said = output.decode(errors="replace")
+    assert text in said, said
+    return said
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

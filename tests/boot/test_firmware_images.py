@@ -1,41 +1,65 @@
 """Other people's images, from Debian: firmware that starts at the reset vector, and a memory test.
 
-Each is pulled once, whatever the number of test processes.
+None of them ends by itself, so each is run until its output has what the test waits for.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from conftest import Run, give_up, locked, run_lasskvm
 
-from lasskvm.errors import LassKvmError
-from lasskvm.images import ImageCache, pull
 from lasskvm.images.catalog import MEMTEST, SEABIOS
 
-Starts = Callable[..., Run]
-
-#: Seconds of the host's time in which an image gets as far as is asked here, also on a busy host.
-ENOUGH = 60
 #: What a terminal is told of colours and places.
-_CONTROL_SEQUENCE = re.compile(r"\x1b(\[[?0-9;]*[A-Za-z]|c)")
+_CONTROL_SEQUENCE = re.compile(r"\x1b(?:\[[?0-9;]*[A-Za-z]|c)")
 
 
 @pytest.fixture(scope="module")
-def starts(shared_folder: Path) -> Starts:
-    """A function that pulls the image of a name if need be, and runs it with more words of the command line."""
+def seabios(until: Callable[..., str]) -> list[str]:
+    """The lines that SeaBIOS prints, on its debug port and on the serial port, until nothing is left to boot from."""
+    output = until(SEABIOS, "No bootable device.\r\n", "--memory", "64")
+    return _CONTROL_SEQUENCE.sub("", output).replace("\r", "").splitlines()
 
-    def start(name: str, *words: str) -> Run:
-        with locked(shared_folder):
-            if not any(image.is_intact() for image in ImageCache().images(name)):
-                try:
-                    pull(name, progress=print)
-                except LassKvmError as error:
-                    give_up(f"no {name} to start: {error}")
-        run = run_lasskvm(name, *words)
-        return Run(run.status, _CONTROL_SEQUENCE.sub("\n", run.console), run.errors)
 
-    return start
+def test_seabios_starts_and_says_so_on_its_debug_port_and_on_the_serial_port(seabios: list[str]) -> None:
+    assert len([line for line in seabios if re.match(r"SeaBIOS \(version .*\)$", line)]) == 2
+    assert any(line.startswith("sercon: using ioport 0x3f8") for line in seabios)
+
+
+def test_seabios_finds_fw_cfg_and_all_memory_in_it(seabios: list[str]) -> None:
+    assert "Found QEMU fw_cfg" in seabios
+    assert "QEMU fw_cfg DMA interface supported" in seabios
+    assert "qemu/e820: addr 0x0000000000000000 len 0x0000000004000000 [RAM]" in seabios
+
+
+def test_seabios_finds_kvm_and_its_clock(seabios: list[str]) -> None:
+    assert "Running on KVM" in seabios
+    assert "kvmclock: stable tsc, 1000 MHz" in seabios
+
+
+def test_seabios_places_the_acpi_tables_and_reads_them(seabios: list[str]) -> None:
+    assert any(re.match(r"table\(50434146\)=0x[0-9a-f]+ \(via xsdt\)", line) for line in seabios)
+    assert any(re.match(r"ACPI: parse DSDT at 0x[0-9a-f]+ \(len \d+\)", line) for line in seabios)
+
+
+def test_seabios_tries_each_kind_of_disk_and_does_not_try_again(seabios: list[str]) -> None:
+    tries = [line for line in seabios if line.startswith("Booting from")]
+    assert tries == ["Booting from Floppy..."] * 2 + ["Booting from Hard Disk..."] * 2
+    assert not any("Retrying" in line for line in seabios)
+
+
+def test_seabios_prints_no_line_into_another(seabios: list[str]) -> None:
+    assert seabios.count("Boot failed: could not read the boot disk") == 4
+
+
+def test_memtest_knows_the_machine_and_begins_to_test_it(until: Callable[..., str]) -> None:
+    screen = until(MEMTEST, "Address test", "--memory", "32", "--append", "console=ttyS0,115200")
+    screen = _CONTROL_SEQUENCE.sub("\n", screen)
+    assert re.search(r"Memtest86\+ v\d+", screen)
+    assert "lasskvm virtual CPU" in screen
+    # Measured against the ACPI timer.
+    assert re.search(r"CLK/Temp: +(999|1000|1001)MHz", screen)
+    assert re.search(r"Memory +: +32MB", screen)
+    assert re.search(r"Errors: 0\b", screen)

@@ -20,7 +20,15 @@ from lasskvm.x86.paging import PhysicalMemory
 if TYPE_CHECKING:
     from lasskvm.emulator.decode import Decoded
 
-__all__ = ["DebugMonitor", "Emulation", "MsrPermission", "PortRead", "PortWrite", "Translate"]
+__all__ = [
+    "DebugMonitor",
+    "Emulation",
+    "MsrPermission",
+    "PortRead",
+    "PortWrite",
+    "Translate",
+    "VmxHandler",
+]
 
 #: A function with the parameters and results of :func:`lasskvm.emulator.mmu.translate`.
 Translate = Callable[[Words, PhysicalMemory, int, int, int, int, int], tuple[int, int, int, int]]
@@ -47,6 +55,13 @@ class DebugMonitor(Protocol):
 
     def guest_registers(self) -> AbstractContextManager[object]:
         """While this is entered, DR0 to DR3 and DR7 of the state words are the guest's own."""
+
+
+class VmxHandler(Protocol):
+    """VMX of a guest that is a hypervisor itself, as emulated instructions meet it."""
+
+    def execute(self, ctx: Emulation, decoded: Decoded) -> None:
+        """Execute a VMX instruction (other than VMCALL and VMFUNC) and complete it, as a handler does."""
 
 
 def _no_port_reads(port: int, size: int) -> int | None:
@@ -77,7 +92,8 @@ class Emulation:
     ``read_port`` and ``write_port`` ask the VM's own devices; what they do not claim is the VMM's to answer.
     ``watch_hits`` are the data and I/O breakpoints (bits 3:0 as in DR6) that the instruction in progress has met.
     ``msr_permission`` is the VM's MSR filter, if it has one, and ``debugger`` that of the VMM.
-    ``hypercall`` answers VMCALL and VMMCALL, which are #UD without it.
+    ``hypercall`` answers VMCALL and VMMCALL, which are #UD without it. ``vmx`` executes the other VMX instructions, #UD
+    without it, too.
     ``task_priority_written`` is called behind each MOV to CR8, for the local APIC.
     """
 
@@ -100,5 +116,6 @@ class Emulation:
     msr_permission: MsrPermission | None = None
     debugger: DebugMonitor | None = None
     hypercall: Callable[[Emulation], None] | None = None
+    vmx: VmxHandler | None = None
     task_priority_written: Callable[[], None] = _nobody
     decoded: Decoded | None = None

@@ -36,6 +36,7 @@ from lasskvm.emulator.instructions import (
     status_flags,
     strings,
     tables,
+    vmx,
     x87,
     x87_arithmetic,
     xsave,
@@ -84,6 +85,7 @@ HANDLERS: dict[int, Handler] = {
     **selectors.HANDLERS,
     **stack.HANDLERS,
     **tables.HANDLERS,
+    **vmx.HANDLERS,
     **xsave.HANDLERS,
 }
 #: Handlers of single forms, which come before the tables by mnemonic.
