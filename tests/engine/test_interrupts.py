@@ -10,7 +10,7 @@ from lasskvm.conformance import layout
 from lasskvm.conformance.assembler import assemble
 from lasskvm.conformance.guest import Guest
 from lasskvm.conformance.layout import KERNEL_CODE, USER_CS
-from lasskvm.kvm import HltExit, IntrExit, IoExit
+from lasskvm.kvm import ExecutionEngine, HltExit, IntrExit, IoExit
 from lasskvm.x86.exceptions import NMI
 from lasskvm.x86.registers import RFLAGS_IF
 

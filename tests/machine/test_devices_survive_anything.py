@@ -133,7 +133,9 @@ class Machine:
     def change_apic_mode(self) -> None:
         """Every change of mode that there is, at the usual place mostly."""
         base = LAPIC_PAGE if self.chance.random() < 0.9 else self.chance.getrandbits(45)
-        mode = self.chance.choice((0, APIC_BASE_ENABLE, APIC_BASE_ENABLE, APIC_BASE_ENABLE | APIC_BASE_X2APIC))
+        mode = self.chance.choice(
+            (0, APIC_BASE_ENABLE, APIC_BASE_ENABLE, APIC_BASE_ENABLE | APIC_BASE_X2APIC)
+        )
         try:
             write_msr(self.vcpu.emulation, MSR_IA32_APIC_BASE, base | mode | self.chance.choice((0, 0x100)))
         except GuestFault as fault:
@@ -179,7 +181,9 @@ class Machine:
         assert not self.vcpu.emulation.mmio.writes
 
     def states(self) -> dict[str, object]:
-        named = {name: device.get_state() for name, device in self.hardware.saved.items() if name != "test_memory"}
+        named = {
+            name: device.get_state() for name, device in self.hardware.saved.items() if name != "test_memory"
+        }
         return named | {
             "irqchip": self.vm.get_irqchip(),
             "pit": self.vm.get_pit2(),

@@ -13,6 +13,7 @@ from lasskvm.machine.devices.fw_cfg_items import (
     BOOT_ORDER_FILE,
     E820_FILE,
     Payload,
+    boot_fail_wait,
     boot_menu_wait,
     boot_order,
     e820_file,
@@ -303,5 +304,7 @@ def test_the_memory_map_has_an_entry_for_each_side_of_the_hole():
 def test_the_small_files_of_seabios():
     assert serial_console(0x3F8) == b"\xf8\x03"
     assert boot_menu_wait(500) == b"\xf4\x01"
+    assert boot_fail_wait(500) == b"\xf4\x01\0\0"
+    assert boot_fail_wait(None) == b"\xff\xff\xff\xff"
     assert boot_order(["/rom@genroms/one", "HALT"]) == b"/rom@genroms/one\nHALT\0"
     assert (E820_FILE, BOOT_ORDER_FILE) == ("etc/e820", "bootorder")

@@ -64,6 +64,12 @@ def test_the_debug_exit_port_makes_every_status_odd(value: int, status: int) -> 
     assert ending == Ending(End.DEBUG_EXIT, status)
 
 
+@pytest.mark.parametrize("behind", ["int3", "out 0xf4, al", "cli; hlt"])
+def test_what_stands_behind_a_reset_in_the_code_does_not_happen(behind: str) -> None:
+    ending, _ = run(f"mov dx, 0xcf9; mov al, 6; out dx, al; {behind}")
+    assert ending == Ending(End.RESET, 0)
+
+
 def test_a_halt_with_interrupts_off_is_the_end() -> None:
     ending, _ = run("cli; hlt")
     assert ending == Ending(End.HALTED, 0)

@@ -213,7 +213,9 @@ def test_a_machine_without_firmware_has_nothing_at_the_reset_vector() -> None:
     assert "0xfffffff0" in ending.detail
 
 
-def test_a_saved_machine_with_firmware_goes_on_and_starts_again(tmp_path: Path, engine: ExecutionEngine) -> None:
+def test_a_saved_machine_with_firmware_goes_on_and_starts_again(
+    tmp_path: Path, engine: ExecutionEngine
+) -> None:
     output = Output()
     pc = firmware_pc(
         f"{CHANGE_THE_COPY} cmp al, 1; jne more; mov dx, 0x300; spin: in al, dx; cmp al, 0x55; jne spin; more: {RESET};"
@@ -227,7 +229,9 @@ def test_a_saved_machine_with_firmware_goes_on_and_starts_again(tmp_path: Path, 
     pc.save(tmp_path / "pc")
     again = Output()
     loaded = Pc.load(tmp_path / "pc", output=again)
-    assert loaded.vm.memory.read(FOUR_GIB - 64 * KIB, 64 * KIB) == pc.vm.memory.read(FOUR_GIB - 64 * KIB, 64 * KIB)
+    assert loaded.vm.memory.read(FOUR_GIB - 64 * KIB, 64 * KIB) == pc.vm.memory.read(
+        FOUR_GIB - 64 * KIB, 64 * KIB
+    )
     loaded.reset_machine()
     assert loaded.run(PATIENCE) == Ending(End.PROGRAM, 3)
     assert again.data == b"\xffA" * 2
@@ -294,9 +298,9 @@ def multiboot_pc(
         on_shutdown=on_shutdown,
     )
     pc.boot(
-        lambda rsdp: load_image(
-            path, pc.vm.memory, command_line=command_line, modules=modules, rsdp=rsdp
-        ).entry
+        lambda rsdp: (
+            load_image(path, pc.vm.memory, command_line=command_line, modules=modules, rsdp=rsdp).entry
+        )
     )
     return pc
 
@@ -317,7 +321,9 @@ def test_a_multiboot_image_prints_and_ends_by_the_exit_port(tmp_path: Path, engi
     assert f"K{tmp_path / 'kernel'} one two".encode() in output.data
 
 
-def test_a_multiboot_image_starts_again_behind_a_triple_fault(tmp_path: Path, engine: ExecutionEngine) -> None:
+def test_a_multiboot_image_starts_again_behind_a_triple_fault(
+    tmp_path: Path, engine: ExecutionEngine
+) -> None:
     output = Output()
     pc = multiboot_pc(
         tmp_path / "kernel",

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from pc_guests import DATA, ENGINES, PATIENCE, PIC_OFF, USE_APICS, USE_X2APIC, Output, build, ioapic_entry, run, write_msr
+from pc_guests import (
+    DATA,
+    ENGINES,
+    PATIENCE,
+    PIC_OFF,
+    USE_APICS,
+    USE_X2APIC,
+    Output,
+    build,
+    ioapic_entry,
+    run,
+    write_msr,
+)
 
 from lasskvm.kvm import ExecutionEngine, Vcpu
 from lasskvm.machine.ending import End, Ending
@@ -388,9 +400,7 @@ def test_the_page_of_the_local_apic_is_gone_in_x2apic_mode(engine: ExecutionEngi
 
 @pytest.mark.parametrize("enable", [USE_APICS, USE_X2APIC], ids=["xAPIC", "x2APIC"])
 def test_the_task_priority_holds_an_interrupt_back(engine: ExecutionEngine, enable: str) -> None:
-    send = (
-        f"mov dword [rbx + 0x300], {0x45 | TO_SELF:#x};" if enable is USE_APICS else write_msr(0x83F, 0x45)
-    )
+    send = f"mov dword [rbx + 0x300], {0x45 | TO_SELF:#x};" if enable is USE_APICS else write_msr(0x83F, 0x45)
     ending, output, _ = run(
         f"""
         {enable}

@@ -141,7 +141,9 @@ def test_x2apic_mode_and_an_armed_deadline_come_back(tmp_path: Path, engine: Exe
     assert loaded.clock.now() == pytest.approx(2e9, rel=0.001)
 
 
-def test_a_message_that_waits_is_delivered_by_the_loaded_machine(tmp_path: Path, engine: ExecutionEngine) -> None:
+def test_a_message_that_waits_is_delivered_by_the_loaded_machine(
+    tmp_path: Path, engine: ExecutionEngine
+) -> None:
     # Two vectors wait, with interrupts off.
     source = f"""
         {USE_APICS} mov dword [rbx + 0x300], 0x40050; mov dword [rbx + 0x300], 0x40060

@@ -151,7 +151,8 @@ def test_an_exit_port_can_be_elsewhere_and_the_usual_one_stays(port: int, size: 
 @pytest.mark.parametrize("text", ["isa-debug-exit,iobase=0xf4,iosize=4", "isa-debugcon", "pc-testdev"])
 def test_a_device_that_is_there_already_may_be_named(text: str) -> None:
     ending, output, _ = run(
-        "mov al, 67; out 0xe9, al; xor eax, eax; out 0xf4, al", devices=[parse_device(text), parse_device(text)]
+        "mov al, 67; out 0xe9, al; xor eax, eax; out 0xf4, al",
+        devices=[parse_device(text), parse_device(text)],
     )
     assert ending == Ending(End.DEBUG_EXIT, 1)
     assert output == b"C"

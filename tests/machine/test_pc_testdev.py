@@ -21,7 +21,9 @@ def ports(lines: list[tuple[int, bool]]) -> PortBus:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_write_drives_the_line_of_its_port(ports: PortBus, lines: list[tuple[int, bool]], size: int) -> None:
+def test_a_write_drives_the_line_of_its_port(
+    ports: PortBus, lines: list[tuple[int, bool]], size: int
+) -> None:
     for port in (0x2000, 0x2009, 0x2014):
         ports.write(port, size, 1)
         ports.write(port, size, 0)

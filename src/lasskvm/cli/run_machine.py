@@ -36,6 +36,14 @@ _MIB = 1 << 20
 _EXECUTABLE_BITS = 0o111
 #: Where SeaBIOS writes what it does.
 _FIRMWARE_CONSOLE = DeviceRequest(DEBUG_CONSOLE, 0x402)
+#: What of a choice is for a kernel.
+_KERNEL_OPTIONS = {
+    "append": "--append",
+    "command_line": "--cmdline",
+    "initrd": "--initrd",
+    "modules": "--module",
+    "program": "the program",
+}
 _LINUX_PROTOCOLS = (BootProtocol.LINUX64, BootProtocol.LINUX32)
 
 
@@ -71,6 +79,7 @@ def build_machine(choice: MachineChoice, image: str | None, firmware: Path | Non
     assert image is not None
     resolved = images.resolve(image)
     if resolved.firmware is not None:
+        _refuse_kernel_options(choice, image)
         return _build(choice, console, load_firmware(resolved.firmware))
     kernel = resolved.kernel
     assert kernel is not None
@@ -80,6 +89,12 @@ def build_machine(choice: MachineChoice, image: str | None, firmware: Path | Non
     pc = _build(choice, console)
     pc.boot(_loader(choice, pc, kernel, protocol, _initrd(choice, resolved)))
     return pc
+
+
+def _refuse_kernel_options(choice: MachineChoice, image: str) -> None:
+    for name, option in _KERNEL_OPTIONS.items():
+        if getattr(choice, name):
+            raise ImageError(f"{image} is firmware, which is given no kernel; leave {option} out")
 
 
 def _build(choice: MachineChoice, console: Console, firmware: bytes | None = None) -> Pc:

@@ -9,8 +9,8 @@ supervisor's privilege level with a user address in RIP, and faults at its first
 enforcement is not loaded, so SSP is not looked at.
 
 Source: Intel SDM volume 3C, 27.3.1 (checks on the guest state), 27.8 (qualification of the exit); KVM's
-``nested_vmx_check_guest_state()``, and for what KVM leaves to the processor, kvm-unit-tests' ``vmx_tests.c``. The
-manual leaves the order open; where it leaves a check to the processor, this one makes it.
+``nested_vmx_check_guest_state()``, which leaves most of them to the processor. The manual leaves the order open; a
+check that it lets processors make or not is made.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ __all__ = [
     "rip_and_rflags_violations",
 ]
 
-_LOW_HALF = 32
+_LOW_HALF_BITS = 32
 _DESCRIPTOR_TABLE_LIMIT = 0xFFFF
 
 _RFLAGS_DEFINED = (
@@ -171,7 +171,7 @@ def _msr_violations(vmcs: Vmcs12, words: Words) -> Iterator[str]:
     if controls & vmx.VM_ENTRY_LOAD_DEBUG_CONTROLS:
         if vmcs[VmcsField.GUEST_IA32_DEBUGCTL] & ~_DEBUGCTL_DEFINED:
             yield "guest IA32_DEBUGCTL has reserved bits"
-        if vmcs[VmcsField.GUEST_DR7] >> _LOW_HALF:
+        if vmcs[VmcsField.GUEST_DR7] >> _LOW_HALF_BITS:
             yield "guest DR7 has more than 32 bits"
     for address in (VmcsField.GUEST_SYSENTER_ESP, VmcsField.GUEST_SYSENTER_EIP):
         if not is_canonical(vmcs[address], processor_linear_bits(words)):
@@ -208,7 +208,7 @@ def rip_and_rflags_violations(vmcs: Vmcs12, words: Words) -> Iterator[str]:
     """What is wrong with RIP and RFLAGS (27.3.1.4)."""
     rip, rflags = vmcs[VmcsField.GUEST_RIP], vmcs[VmcsField.GUEST_RFLAGS]
     if not is_ia32e_guest(vmcs) or not vmcs[VmcsField.GUEST_CS_AR_BYTES] & AR_L:
-        if rip >> _LOW_HALF:
+        if rip >> _LOW_HALF_BITS:
             yield "guest RIP has more than 32 bits outside 64-bit mode"
     # One bit more than a canonical address has: L2 may have run off the end of the lower half, and faults there.
     elif not is_canonical(rip, processor_linear_bits(words) + 1):
@@ -295,10 +295,9 @@ def _pending_debug_violations(vmcs: Vmcs12) -> Iterator[str]:
         vmcs[VmcsField.GUEST_INTERRUPTIBILITY_INFO] & _SHADOWS
         or vmcs[VmcsField.GUEST_ACTIVITY_STATE] == vmx.GUEST_ACTIVITY_HLT
     )
-    steps = (
-        vmcs[VmcsField.GUEST_RFLAGS] & RFLAGS_TF and not vmcs[VmcsField.GUEST_IA32_DEBUGCTL] & DEBUGCTL_BTF
-    )
-    if holds_back and bool(steps) != bool(pending & vmx.PENDING_DEBUG_BS):
+    single_steps = vmcs[VmcsField.GUEST_RFLAGS] & RFLAGS_TF != 0
+    steps_branches = vmcs[VmcsField.GUEST_IA32_DEBUGCTL] & DEBUGCTL_BTF != 0
+    if holds_back and (single_steps and not steps_branches) != (pending & vmx.PENDING_DEBUG_BS != 0):
         yield "the pending single step does not agree with guest RFLAGS.TF and IA32_DEBUGCTL.BTF"
 
 

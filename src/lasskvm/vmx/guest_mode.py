@@ -31,11 +31,12 @@ __all__ = [
 
 _LINEAR_BITS, _LINEAR_BITS_LA57 = 48, 57
 
-#: The fields of ES, in the order of :class:`Segment`; each next segment register has its fields this much further.
-_ES_FIELDS = (
-    VmcsField.GUEST_ES_SELECTOR, VmcsField.GUEST_ES_BASE, VmcsField.GUEST_ES_LIMIT, VmcsField.GUEST_ES_AR_BYTES
-)  # fmt: skip
-_NEXT_SEGMENT = VmcsField.GUEST_CS_SELECTOR - VmcsField.GUEST_ES_SELECTOR
+_SEGMENT_REGISTERS = ("ES", "CS", "SS", "DS", "FS", "GS", "LDTR", "TR")
+#: The fields of each segment register, in the order of :class:`Segment`.
+_SEGMENT_FIELDS = tuple(
+    tuple(VmcsField[f"GUEST_{name}_{part}"] for part in ("SELECTOR", "BASE", "LIMIT", "AR_BYTES"))
+    for name in _SEGMENT_REGISTERS
+)
 
 _PDPTES = (VmcsField.GUEST_PDPTR0, VmcsField.GUEST_PDPTR1, VmcsField.GUEST_PDPTR2, VmcsField.GUEST_PDPTR3)
 _PDPT_ADDRESS = 0xFFFFFFE0
@@ -66,7 +67,8 @@ def is_virtual_8086_guest(vmcs: Vmcs12) -> bool:
 
 def guest_segment(vmcs: Vmcs12, number: int) -> Segment:
     """Segment register *number* (``x86.registers.ES`` to ``TR``) of L2; attributes with all bits of the field."""
-    return Segment(*(vmcs[VmcsField(field + _NEXT_SEGMENT * number)] for field in _ES_FIELDS))
+    selector, base, limit, attributes = _SEGMENT_FIELDS[number]
+    return Segment(vmcs[selector], vmcs[base], vmcs[limit], vmcs[attributes])
 
 
 def guest_pdptes(vmcs: Vmcs12, memory: GuestMemory) -> tuple[int, ...] | None:

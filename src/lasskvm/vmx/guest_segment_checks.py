@@ -1,8 +1,9 @@
 """The checks of a VM entry on L2's segment registers, part of :mod:`lasskvm.vmx.guest_checks`.
 
-A register is usable unless its access rights say otherwise. In virtual-8086 mode everything about the six segments is
-prescribed; an unrestricted guest may have what real mode leaves in them, because VM entry cannot tell a real mode that
-has loaded descriptors before.
+In virtual-8086 mode, selectors prescribe everything about the six segments. In the other modes what a register holds
+must be something that a descriptor can say and that loading it would have accepted; an unusable register may hold
+anything. Selectors and privilege levels of an unrestricted guest need not fit together, because they do not in real mode
+and right after it.
 
 Source: Intel SDM volume 3C, 27.3.1.2 (checks on guest segment registers), table 25-2 (access rights).
 """
