@@ -234,7 +234,14 @@ def busybox(empty_cache: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "vmlinuz").write_bytes(kernel("mov al, 5; out 0xf8, al"))
     (folder / "busybox").write_bytes(b"busybox")
-    manifest = Manifest("debian", "1.0", "sid", packages={}, sha256=dict.fromkeys(("vmlinuz", "busybox"), ""), date="2026-01-01")
+    manifest = Manifest(
+        "debian",
+        "1.0",
+        "sid",
+        packages={},
+        sha256=dict.fromkeys(("vmlinuz", "busybox"), ""),
+        date="2026-01-01",
+    )
     (folder / "manifest.json").write_text(manifest.to_json())
     return folder
 

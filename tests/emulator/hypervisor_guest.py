@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 
-from emulator_guest import UPPER, Guest
+from emulator_guest import MAPPED, UPPER, Guest
 
 from lasskvm.conformance.assembler import assemble
 from lasskvm.emulator.context import Emulation
@@ -115,11 +115,12 @@ class Hypervisor(Guest):
         self.store(DATA + 8, 8, second)
         return self.vmx(source)
 
-    def place(self, source: str) -> int:
-        """Assemble the instruction *source* to CS:RIP; its length."""
+    def step(self, source: str) -> int:
+        """Assemble the instruction *source* to CS:RIP and execute it; its length. A fault is raised."""
         words = self.words
         code = assemble(source, 0, code_bits(words)).code
-        self.memory.write(linear_address(words, CS, words[RIP]) & DATA_MASK, code)
+        self.memory.write(linear_address(words, CS, words[RIP]) & MAPPED - 1, code)
+        execute(self.ctx, fetch_instruction(self.ctx))
         return len(code)
 
     def vmx(self, source: str) -> Outcome:
@@ -128,10 +129,9 @@ class Hypervisor(Guest):
         Of RFLAGS it changes the arithmetic flags and nothing else, and it goes on behind itself.
         """
         words = self.words
-        length = self.place(source)
         words[RFLAGS] |= RFLAGS_ARITHMETIC
         rip, others = words[RIP], words[RFLAGS] & ~RFLAGS_ARITHMETIC
-        execute(self.ctx, fetch_instruction(self.ctx))
+        length = self.step(source)
         assert words[RIP] == rip + length
         assert words[RFLAGS] & ~RFLAGS_ARITHMETIC == others
         flags = words[RFLAGS] & RFLAGS_ARITHMETIC
@@ -141,10 +141,9 @@ class Hypervisor(Guest):
 
     def vmx_fault(self, source: str) -> tuple[int, int | None]:
         """The vector and error code that *source* faults with; state, VMX and the operand's page stay as they were."""
-        self.place(source)
         before = self._everything()
         try:
-            execute(self.ctx, fetch_instruction(self.ctx))
+            self.step(source)
         except GuestFault as fault:
             assert self._everything() == before, "a faulting instruction changed something"
             return fault.vector, fault.error_code
@@ -181,7 +180,3 @@ class Hypervisor(Guest):
         self.words[RCX] = field
         assert self.vmx("vmread rax, rcx") is SUCCEED
         return self.words[RAX]
-
-
-#: Guest-physical addresses are the low bits of linear ones.
-DATA_MASK = (1 << 21) - 1

@@ -75,8 +75,15 @@ def test_a_halt_with_interrupts_off_is_the_end() -> None:
     assert ending == Ending(End.HALTED, 0)
 
 
-@pytest.mark.parametrize("source", ["mov al, 0xfe; out 0x64, al", "mov al, 1; out 0x92, al"])
-def test_a_reset_is_the_end(source: str) -> None:
+@pytest.mark.parametrize(
+    "source",
+    [
+        "mov al, 0xfe; out 0x64, al",
+        "mov al, 1; out 0x92, al",
+        "mov dx, 0xcf9; mov al, 6; out dx, al",
+    ],
+)
+def test_a_reset_is_the_end_of_what_cannot_start_again(source: str) -> None:
     ending, _ = run(source)
     assert ending == Ending(End.RESET, 0)
 

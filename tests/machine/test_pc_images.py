@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from boot_builders import Load, make_elf32, make_multiboot_header
-from pc_guests import ENGINES, PATIENCE, Output, read_msr, write_msr
+from pc_guests import ENGINES, PATIENCE, Output
 
 from lasskvm.conformance.assembler import assemble
 from lasskvm.kvm import ExecutionEngine

@@ -154,7 +154,10 @@ REGISTERS = {
     "UART IER": port(0x3F9, 5),
     "UART LCR": port(0x3FB, 0x1B),
     "UART MCR": port(0x3FC, 8),
-    "RTC register B": ("mov al, 0xb; out 0x70, al; in al, 0x71;", "mov al, 0xb; out 0x70, al; mov al, 0x42; out 0x71, al;"),
+    "RTC register B": (
+        "mov al, 0xb; out 0x70, al; in al, 0x71;",
+        "mov al, 0xb; out 0x70, al; mov al, 0x42; out 0x71, al;",
+    ),
     "PM1 enable": port(0x603, 1),
     "PM1 control": port(0x604, 1),
     "A20 gate": port(0x92, 0),

@@ -172,7 +172,7 @@ def test_a_device_that_is_there_already_may_be_named(text: str) -> None:
     ],
 )
 def test_a_device_on_ports_that_are_taken_is_refused_with_a_sentence(text: str) -> None:
-    with pytest.raises(DeviceError, match="already used by .* give .* another base port"):
+    with pytest.raises(DeviceError, match=r"already used by .* give .* another base port"):
         build(DONE, Output(), devices=[parse_device(text)])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lasskvm.kvm import MmioBus, PortBus
-from lasskvm.machine.devices.pc_testdev import PcTestDevice, DeviceMemory
+from lasskvm.machine.devices.pc_testdev import DeviceMemory, PcTestDevice
 
 
 @pytest.fixture

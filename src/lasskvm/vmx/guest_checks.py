@@ -27,7 +27,6 @@ from lasskvm.vmx.capabilities import VmxCapabilities
 from lasskvm.vmx.guest_mode import (
     InjectedEvent,
     guest_pdptes,
-    guest_segment,
     injected_event,
     is_ia32e_guest,
     is_unrestricted_guest,
@@ -63,7 +62,6 @@ from lasskvm.x86.registers import (
     RFLAGS_VIF,
     RFLAGS_VIP,
     RFLAGS_VM,
-    SS,
 )
 from lasskvm.x86.vmx import VmEntryFailure
 from lasskvm.x86.vmx_fields import VmcsField
@@ -237,7 +235,7 @@ def _activity_violations(vmcs: Vmcs12, capabilities: VmxCapabilities) -> Iterato
         return
     if not capabilities.misc & _INACTIVE_STATES.get(activity, 0):
         yield "the activity state is not supported"
-    if activity == vmx.GUEST_ACTIVITY_HLT and segment_dpl(guest_segment(vmcs, SS)):
+    if activity == vmx.GUEST_ACTIVITY_HLT and segment_dpl(vmcs[VmcsField.GUEST_SS_AR_BYTES]):
         yield "the guest has halted at a privilege level that cannot"
     if vmcs[VmcsField.GUEST_INTERRUPTIBILITY_INFO] & _SHADOWS:
         yield "the guest is not active in the shadow of an instruction"

@@ -11,20 +11,20 @@ from __future__ import annotations
 
 from lasskvm import state as s
 from lasskvm.emulator.context import Emulation
-from lasskvm.emulator.control import load_pdptes
 from lasskvm.emulator.delivery import EXCEPTION, EXTERNAL, SOFTWARE, pushed_flags
 from lasskvm.emulator.msrs import MSRS
 from lasskvm.state import Words, segment_word
 from lasskvm.vmx.entry_checks import secondary_controls
 from lasskvm.vmx.exit_record import NestedExit
+from lasskvm.vmx.guest_mode import guest_pdptes, is_ia32e_guest
 from lasskvm.vmx.injection import is_vectoring
 from lasskvm.vmx.vmcs import Vmcs12
 from lasskvm.x86 import registers as r
 from lasskvm.x86 import vmx
 from lasskvm.x86.exceptions import DB
-from lasskvm.x86.msr import MSR_IA32_DEBUGCTL
+from lasskvm.x86.msr import DEBUGCTL_BTF, MSR_IA32_DEBUGCTL
 from lasskvm.x86.vmx_exits import ExitReason
-from lasskvm.x86.vmx_fields import VmcsField
+from lasskvm.x86.vmx_fields import FIELD_BYTES, VmcsField, field_width
 
 __all__ = ["CR0_UNCHANGED", "load_guest_state", "save_guest_state", "uses_pae_paging"]
 
@@ -35,9 +35,7 @@ CR0_UNCHANGED = r.MASK64 & ~(
 #: Bits of DR7 that are always 0: RTM, which needs a feature that is not virtualized, 12, 14 and 15.
 _DR7_ZEROS = 1 << 11 | 1 << 12 | 3 << 14
 _PDPTES = (VmcsField.GUEST_PDPTR0, VmcsField.GUEST_PDPTR1, VmcsField.GUEST_PDPTR2, VmcsField.GUEST_PDPTR3)
-
-#: Fields that are loaded and saved as they are, and their state words.
-_PLAIN_FIELDS = {
+_REGISTER_FIELDS = {
     VmcsField.GUEST_CR3: s.CR3,
     VmcsField.GUEST_CR4: s.CR4,
     VmcsField.GUEST_RSP: s.RSP,
@@ -50,43 +48,36 @@ _PLAIN_FIELDS = {
     VmcsField.GUEST_SYSENTER_ESP: s.SYSENTER_ESP,
     VmcsField.GUEST_SYSENTER_EIP: s.SYSENTER_EIP,
 }
-#: Segment registers, and the fields of selector, base, limit and access rights.
-_SEGMENT_FIELDS = {
-    r.ES: (
-        VmcsField.GUEST_ES_SELECTOR, VmcsField.GUEST_ES_BASE, VmcsField.GUEST_ES_LIMIT,
-        VmcsField.GUEST_ES_AR_BYTES,
-    ),
-    r.CS: (
-        VmcsField.GUEST_CS_SELECTOR, VmcsField.GUEST_CS_BASE, VmcsField.GUEST_CS_LIMIT,
-        VmcsField.GUEST_CS_AR_BYTES,
-    ),
-    r.SS: (
-        VmcsField.GUEST_SS_SELECTOR, VmcsField.GUEST_SS_BASE, VmcsField.GUEST_SS_LIMIT,
-        VmcsField.GUEST_SS_AR_BYTES,
-    ),
-    r.DS: (
-        VmcsField.GUEST_DS_SELECTOR, VmcsField.GUEST_DS_BASE, VmcsField.GUEST_DS_LIMIT,
-        VmcsField.GUEST_DS_AR_BYTES,
-    ),
-    r.FS: (
-        VmcsField.GUEST_FS_SELECTOR, VmcsField.GUEST_FS_BASE, VmcsField.GUEST_FS_LIMIT,
-        VmcsField.GUEST_FS_AR_BYTES,
-    ),
-    r.GS: (
-        VmcsField.GUEST_GS_SELECTOR, VmcsField.GUEST_GS_BASE, VmcsField.GUEST_GS_LIMIT,
-        VmcsField.GUEST_GS_AR_BYTES,
-    ),
-    r.LDTR: (
-        VmcsField.GUEST_LDTR_SELECTOR, VmcsField.GUEST_LDTR_BASE, VmcsField.GUEST_LDTR_LIMIT,
-        VmcsField.GUEST_LDTR_AR_BYTES,
-    ),
-    r.TR: (
-        VmcsField.GUEST_TR_SELECTOR, VmcsField.GUEST_TR_BASE, VmcsField.GUEST_TR_LIMIT,
-        VmcsField.GUEST_TR_AR_BYTES,
-    ),
+_SEGMENT_NAMES = {
+    "ES": r.ES, "CS": r.CS, "SS": r.SS, "DS": r.DS, "FS": r.FS, "GS": r.GS, "LDTR": r.LDTR, "TR": r.TR,
 }  # fmt: skip
-#: Their bases have 32 bits, in use or not.
-_SEGMENTS_WITH_32BIT_BASES = (r.ES, r.SS, r.DS)
+_SEGMENT_PARTS = {"SELECTOR": s.SELECTOR, "BASE": s.BASE, "LIMIT": s.LIMIT}
+
+
+def _with_masks(fields: dict[VmcsField, int]) -> tuple[tuple[int, int, int], ...]:
+    """Encoding, state word, and the bits that the field has room for."""
+    return tuple(
+        (int(field), word, (1 << 8 * FIELD_BYTES[field_width(field)]) - 1) for field, word in fields.items()
+    )
+
+
+#: Fields that are loaded and saved as they are: a VM exit takes as long as there are lines in these two tables.
+_PLAIN_FIELDS = _with_masks(
+    _REGISTER_FIELDS
+    | {
+        VmcsField[f"GUEST_{name}_{part}"]: segment_word(number, index)
+        for name, number in _SEGMENT_NAMES.items()
+        for part, index in _SEGMENT_PARTS.items()
+    }
+)
+_ACCESS_RIGHTS = tuple(
+    (int(VmcsField[f"GUEST_{name}_AR_BYTES"]), segment_word(number, s.ATTRIBUTES))
+    for name, number in _SEGMENT_NAMES.items()
+)
+#: The bases that have 32 bits, whether the segment is usable or not.
+_BASES_OF_32_BITS = tuple(segment_word(number, s.BASE) for number in (r.ES, r.SS, r.DS))
+_LDTR_BASE, _LDTR_ATTRIBUTES = segment_word(r.LDTR, s.BASE), segment_word(r.LDTR, s.ATTRIBUTES)
+_SS_ATTRIBUTES = segment_word(r.SS, s.ATTRIBUTES)
 
 #: What exits at an instruction boundary, where RFLAGS.RF is saved as it is. All other exits with a basic reason that
 #: :func:`_saved_rflags` does not name are those of instructions.
@@ -119,7 +110,7 @@ _DELIVERY_KINDS = {
 
 
 def uses_pae_paging(words: Words) -> bool:
-    """Whether the PDPTE registers are in use: PAE paging outside IA-32e mode."""
+    """Whether the PDPTE registers are in use: PAE paging, outside IA-32e mode."""
     is_pae = words[s.CR0] & r.CR0_PG and words[s.CR4] & r.CR4_PAE
     return bool(is_pae and not words[s.EFER] & r.EFER_LMA)
 
@@ -134,16 +125,28 @@ def load_guest_state(ctx: Emulation, vmcs: Vmcs12) -> None:
     with an event the interrupt shadow and HLT are over.
     """
     words = ctx.words
+    pdptes = guest_pdptes(vmcs, ctx.memory)
     words[s.CR0] = words[s.CR0] & CR0_UNCHANGED | vmcs[VmcsField.GUEST_CR0] & ~CR0_UNCHANGED
-    for field, word in _PLAIN_FIELDS.items():
-        words[word] = vmcs[field]
     words[s.RFLAGS] = vmcs[VmcsField.GUEST_RFLAGS]
+    for field, word, _ in _PLAIN_FIELDS:
+        words[word] = vmcs.fields[field]
+    _load_access_rights(words, vmcs)
     _load_controlled_registers(ctx, vmcs)
-    _load_segments(words, vmcs)
-    if uses_pae_paging(words):
-        _load_guest_pdptes(ctx, vmcs)
+    for number, pdpte in enumerate(pdptes or ()):
+        words[s.PDPTR0 + number] = pdpte
     _load_non_register_state(ctx, vmcs)
     words[s.TLB_FLUSH] = 1
+
+
+def _load_access_rights(words: Words, vmcs: Vmcs12) -> None:
+    for field, word in _ACCESS_RIGHTS:
+        words[word] = vmcs.fields[field] & vmx.SEGMENT_AR_WRITABLE
+    words[s.CPL] = (words[_SS_ATTRIBUTES] & r.AR_DPL) >> r.AR_DPL_SHIFT
+    for word in _BASES_OF_32_BITS:
+        words[word] &= r.MASK32
+    if words[_LDTR_ATTRIBUTES] & r.AR_UNUSABLE:
+        # Nobody has looked at the field, and the register is always canonical.
+        words[_LDTR_BASE] = 0
 
 
 def _load_controlled_registers(ctx: Emulation, vmcs: Vmcs12) -> None:
@@ -159,36 +162,9 @@ def _load_controlled_registers(ctx: Emulation, vmcs: Vmcs12) -> None:
     if controls & vmx.VM_ENTRY_LOAD_IA32_EFER:
         words[s.EFER] = vmcs[VmcsField.GUEST_IA32_EFER]
     else:
-        ia32e = controls & vmx.VM_ENTRY_IA32E_MODE != 0
-        # Without paging, only an unrestricted guest, LME may be set while LMA is not: it stays.
+        # While paging is off, in an unrestricted guest, LME says nothing about the mode, and stays.
         modified = r.EFER_LMA | r.EFER_LME if words[s.CR0] & r.CR0_PG else r.EFER_LMA
-        words[s.EFER] = words[s.EFER] & ~modified | modified * ia32e
-
-
-def _load_segments(words: Words, vmcs: Vmcs12) -> None:
-    for number, (selector, base, limit, access_rights) in _SEGMENT_FIELDS.items():
-        attributes = vmcs[access_rights] & vmx.SEGMENT_AR_WRITABLE
-        address = vmcs[base]
-        if number in _SEGMENTS_WITH_32BIT_BASES:
-            address &= r.MASK32
-        elif number == r.LDTR and attributes & r.AR_UNUSABLE:
-            # Anything canonical: VM entry has not looked at it.
-            address = 0
-        words[segment_word(number, s.SELECTOR)] = vmcs[selector]
-        words[segment_word(number, s.BASE)] = address
-        words[segment_word(number, s.LIMIT)] = vmcs[limit]
-        words[segment_word(number, s.ATTRIBUTES)] = attributes
-    words[s.CPL] = (vmcs[VmcsField.GUEST_SS_AR_BYTES] & r.AR_DPL) >> r.AR_DPL_SHIFT
-
-
-def _load_guest_pdptes(ctx: Emulation, vmcs: Vmcs12) -> None:
-    """The PDPTE registers: from the VMCS with EPT, else from the table, which the checks have found right."""
-    words = ctx.words
-    if secondary_controls(vmcs) & vmx.SECONDARY_EXEC_ENABLE_EPT:
-        for number, field in enumerate(_PDPTES):
-            words[s.PDPTR0 + number] = vmcs[field]
-    else:
-        load_pdptes(words, ctx.memory, words[s.CR3])
+        words[s.EFER] = words[s.EFER] & ~modified | modified * is_ia32e_guest(vmcs)
 
 
 def _load_non_register_state(ctx: Emulation, vmcs: Vmcs12) -> None:
@@ -218,11 +194,11 @@ def save_guest_state(ctx: Emulation, vmcs: Vmcs12, record: NestedExit, pending_d
     """
     words = ctx.words
     vmcs[VmcsField.GUEST_CR0] = words[s.CR0]
-    for field, word in _PLAIN_FIELDS.items():
-        vmcs[field] = words[word]
     vmcs[VmcsField.GUEST_RFLAGS] = _saved_rflags(words, record)
+    for field, word, mask in _PLAIN_FIELDS:
+        vmcs.fields[field] = words[word] & mask
+    _save_access_rights(words, vmcs)
     _save_controlled_registers(ctx, vmcs)
-    _save_segments(words, vmcs)
     if secondary_controls(vmcs) & vmx.SECONDARY_EXEC_ENABLE_EPT and uses_pae_paging(words):
         for number, field in enumerate(_PDPTES):
             vmcs[field] = words[s.PDPTR0 + number]
@@ -257,12 +233,9 @@ def _save_controlled_registers(ctx: Emulation, vmcs: Vmcs12) -> None:
         vmcs[VmcsField.GUEST_IA32_EFER] = words[s.EFER]
 
 
-def _save_segments(words: Words, vmcs: Vmcs12) -> None:
-    for number, (selector, base, limit, access_rights) in _SEGMENT_FIELDS.items():
-        vmcs[selector] = words[segment_word(number, s.SELECTOR)]
-        vmcs[base] = words[segment_word(number, s.BASE)]
-        vmcs[limit] = words[segment_word(number, s.LIMIT)]
-        vmcs[access_rights] = words[segment_word(number, s.ATTRIBUTES)] & vmx.SEGMENT_AR_WRITABLE
+def _save_access_rights(words: Words, vmcs: Vmcs12) -> None:
+    for field, word in _ACCESS_RIGHTS:
+        vmcs.fields[field] = words[word] & vmx.SEGMENT_AR_WRITABLE
     # The privilege level is SS.DPL to VMX, whatever SYSRET has left in the register.
     ss_rights = vmcs[VmcsField.GUEST_SS_AR_BYTES] & ~r.AR_DPL
     vmcs[VmcsField.GUEST_SS_AR_BYTES] = ss_rights | words[s.CPL] << r.AR_DPL_SHIFT
@@ -275,15 +248,18 @@ def _save_non_register_state(ctx: Emulation, vmcs: Vmcs12, record: NestedExit, p
     if words[s.NMI_BLOCKED]:
         blocking |= vmx.GUEST_INTR_STATE_NMI
     vmcs[VmcsField.GUEST_INTERRUPTIBILITY_INFO] = blocking
-    vmcs[VmcsField.GUEST_ACTIVITY_STATE] = (
-        vmx.GUEST_ACTIVITY_HLT if ctx.halted else vmx.GUEST_ACTIVITY_ACTIVE
-    )
+    vmcs[VmcsField.GUEST_ACTIVITY_STATE] = vmx.GUEST_ACTIVITY_HLT if ctx.halted else vmx.GUEST_ACTIVITY_ACTIVE
     if mov_ss and not _is_debug_exception(record):
-        # The single step over MOV SS is still to be reported, and VM entry insists on seeing it.
-        saved = pending_debug | (vmx.PENDING_DEBUG_BS if words[s.RFLAGS] & r.RFLAGS_TF else 0)
+        saved = pending_debug | (vmx.PENDING_DEBUG_BS if _is_single_stepped(words, vmcs) else 0)
     else:
         saved = pending_debug if record.reason in _DEBUG_SAVING_EXITS else 0
     vmcs[VmcsField.GUEST_PENDING_DBG_EXCEPTIONS] = saved
+
+
+def _is_single_stepped(words: Words, vmcs: Vmcs12) -> bool:
+    """Whether the step over MOV SS is still to be reported: the next VM entry insists on seeing it, or not."""
+    steps_branches = vmcs[VmcsField.GUEST_IA32_DEBUGCTL] & DEBUGCTL_BTF
+    return bool(words[s.RFLAGS] & r.RFLAGS_TF and not steps_branches)
 
 
 def _shadow_kind(words: Words) -> int:

@@ -11,11 +11,12 @@ from __future__ import annotations
 from lasskvm.emulator.events import Event, EventKind
 from lasskvm.emulator.modes import instruction_pointer_mask
 from lasskvm.state import RIP, Words
+from lasskvm.vmx.guest_mode import injected_event
 from lasskvm.vmx.vmcs import Vmcs12
 from lasskvm.x86 import vmx
 from lasskvm.x86.vmx_fields import VmcsField
 
-__all__ = ["has_pending_monitor_trap", "injected_event", "is_vectoring", "pending_debug_trap"]
+__all__ = ["event_to_deliver", "has_pending_monitor_trap", "is_vectoring", "pending_debug_trap"]
 
 _EVENT_KINDS = {
     vmx.INTR_TYPE_EXT_INTR: EventKind.EXTERNAL,
@@ -35,33 +36,31 @@ _INSTRUCTION_EVENTS = (
 
 def is_vectoring(vmcs: Vmcs12) -> bool:
     """Whether the VM entry delivers an event through L2's IDT."""
-    information = vmcs[VmcsField.VM_ENTRY_INTR_INFO_FIELD]
-    kind = information & vmx.INTR_INFO_INTR_TYPE_MASK
-    return information & vmx.INTR_INFO_VALID_MASK != 0 and kind in _EVENT_KINDS
+    event = injected_event(vmcs)
+    return event is not None and event.kind in _EVENT_KINDS
 
 
 def has_pending_monitor_trap(vmcs: Vmcs12) -> bool:
     """Whether L2 is to exit with the monitor trap flag before its first instruction (27.6.2)."""
-    information = vmcs[VmcsField.VM_ENTRY_INTR_INFO_FIELD]
-    kind = information & vmx.INTR_INFO_INTR_TYPE_MASK
-    return information & vmx.INTR_INFO_VALID_MASK != 0 and kind == vmx.INTR_TYPE_OTHER_EVENT
+    event = injected_event(vmcs)
+    return event is not None and event.kind == vmx.INTR_TYPE_OTHER_EVENT
 
 
-def injected_event(vmcs: Vmcs12, words: Words) -> Event | None:
+def event_to_deliver(vmcs: Vmcs12, words: Words) -> Event | None:
     """The event that the VM entry delivers through L2's IDT, or None.
 
-    *words* are L2's. Neither CR2 nor DR6 changes: L1 has set them, if it wanted to (27.6.1.1).
+    *words* are L2's. An injected #DB or #PF changes neither DR6, DR7 nor CR2 (27.6.1.1): L1 has set what it wants
+    there. Of these three, delivery would take DR7.GD away.
     """
-    if not is_vectoring(vmcs):
+    event = injected_event(vmcs)
+    if event is None or event.kind not in _EVENT_KINDS:
         return None
-    information = vmcs[VmcsField.VM_ENTRY_INTR_INFO_FIELD]
-    kind = information & vmx.INTR_INFO_INTR_TYPE_MASK
     error_code = return_rip = None
-    if information & vmx.INTR_INFO_DELIVER_CODE_MASK:
+    if vmcs[VmcsField.VM_ENTRY_INTR_INFO_FIELD] & vmx.INTR_INFO_DELIVER_CODE_MASK:
         error_code = vmcs[VmcsField.VM_ENTRY_EXCEPTION_ERROR_CODE]
-    if kind in _INSTRUCTION_EVENTS:
+    if event.kind in _INSTRUCTION_EVENTS:
         return_rip = words[RIP] + vmcs[VmcsField.VM_ENTRY_INSTRUCTION_LEN] & instruction_pointer_mask(words)
-    return Event(information & vmx.INTR_INFO_VECTOR_MASK, _EVENT_KINDS[kind], error_code, return_rip)
+    return Event(event.vector, _EVENT_KINDS[event.kind], error_code, return_rip)
 
 
 def pending_debug_trap(vmcs: Vmcs12) -> int:

@@ -29,6 +29,8 @@ __all__ = ["BootProtocol", "Recognized", "probe_image", "recognize"]
 #: The owner of the notes that every vmlinux has, such as the build salt.
 _LINUX_NOTES = "Linux"
 _LONG_BITS = 64
+#: Debian's Xen is packed like this, which GRUB unpacks.
+_GZIP_MAGIC = b"\x1f\x8b"
 
 
 class BootProtocol(StrEnum):
@@ -85,6 +87,8 @@ def recognize(stream: BinaryIO, boot_protocol: BootProtocol | None = None) -> Re
         return _recognize_bzimage(read_bzimage(stream), multiboot, boot_protocol)
     if start.startswith(ELF_MAGIC):
         return _recognize_elf(read_elf(stream), stream, multiboot, boot_protocol)
+    if start.startswith(_GZIP_MAGIC):
+        raise ImageError("is compressed; unpack it with gunzip")
     if multiboot is None:
         raise ImageError("is neither a bzImage nor an ELF file nor a multiboot kernel; give a kernel image")
     return Recognized(_choose([BootProtocol.MULTIBOOT], boot_protocol), multiboot=multiboot)
