@@ -22,10 +22,22 @@ from lasskvm.x86.cpuid import FEATURES, CpuidEntry, CpuidTable, significant_inde
 from lasskvm.x86.registers import CS
 from lasskvm.x86.vmx_fields import VmcsField as F
 
-#: Pages of L1 that L2's page tables do not use.
+#: Guest-physical pages for L1's structures, where L2 has nothing.
 IO_BITMAP_A, IO_BITMAP_B, MSR_BITMAP, VIRTUAL_APIC = 0x100000, 0x101000, 0x102000, 0x103000
 #: Features that the CPU models may lack, for which there are controls.
-FEATURES_OF_L1 = ("vmx", "smx", "sgx", "monitor", "rdrand", "rdseed", "xsave", "xsaves", "wbnoinvd", "invpcid", "rdpid")
+FEATURES_OF_L1 = (
+    "vmx",
+    "smx",
+    "sgx",
+    "monitor",
+    "rdrand",
+    "rdseed",
+    "xsave",
+    "xsaves",
+    "wbnoinvd",
+    "invpcid",
+    "rdpid",
+)
 
 _REGISTERS = ("eax", "ebx", "ecx", "edx")
 

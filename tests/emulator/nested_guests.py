@@ -76,7 +76,7 @@ def segments(cs: int, attributes: int, cpl: int = 0) -> Fields:
     return result
 
 
-def part(part: str, *names: str) -> list[tuple[str, F]]:
+def each(part: str, *names: str) -> list[tuple[str, F]]:
     """The named segment registers, each with its field that ends in *part*."""
     return [(name, F[f"GUEST_{name}_{part}"]) for name in names]
 
@@ -107,7 +107,7 @@ REAL: Fields = {
     F.GUEST_RIP: 0x7C00,
     **segment("TR", 0, AR_TSS16_BUSY, limit=0xFFFF),
 }
-# Each is changed further by the values of a test.
+#: What each adds to :data:`EVERY_GUEST`.
 MODES: dict[str, Fields] = {
     "64-bit": {**IA32E, F.GUEST_RIP: KERNEL, **segments(0x10, AR_CODE64)},
     "64-bit user": {**IA32E, **segments(0x10, AR_CODE64, cpl=3)},
@@ -185,7 +185,7 @@ NMI_BLOCKED: Fields = {F.GUEST_INTERRUPTIBILITY_INFO: vmx.GUEST_INTR_STATE_NMI}
 HLT: Fields = {F.GUEST_ACTIVITY_STATE: vmx.GUEST_ACTIVITY_HLT}
 EFER_LONG = EFER_SCE | EFER_NXE | EFER_LMA | EFER_LME
 
-
+#: A mode, what is spoilt in a guest of that mode, and what the check says about it.
 Rows = list[tuple[str, Fields, str]]
 
 

@@ -233,4 +233,4 @@ def test_privilege_comes_after_existence(user: Guest) -> None:
 def test_what_is_offered_but_not_implemented_is_no_invalid_opcode() -> None:
     """A VMM may claim what the emulator cannot do; that is an internal error, as in KVM, and not the guest's."""
     with pytest.raises(Unhandleable):
-        compile_instruction(instruction("0fae20"), cpu_with("xsave"))
+        compile_instruction(instruction("0f38f908"), cpu_with("movdiri"))

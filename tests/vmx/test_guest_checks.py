@@ -157,7 +157,9 @@ REGISTERS: Rows = [
     ),
 ]
 
-V86_SEGMENTS = {key: value for key, value in MODES["virtual-8086"].items() if key is not F.GUEST_RFLAGS}
+V86_SEGMENTS: Fields = {
+    key: value for key, value in MODES["virtual-8086"].items() if key is not F.GUEST_RFLAGS
+}
 
 TABLES_AND_FLAGS: Rows = [
     *(
@@ -296,6 +298,7 @@ ALLOWED: dict[str, tuple[str, Fields]] = {
     "interrupts while they are enabled": ("64-bit", {**ENABLED, **INTERRUPT}),
     "invalid interruption information": ("64-bit", {**MOV_SS, F.VM_ENTRY_INTR_INFO_FIELD: 0x202}),
     "NMI while NMIs are blocked, without virtual NMIs": ("64-bit", {**AN_NMI, **NMI_BLOCKED}),
+    "virtual NMI": ("64-bit", {**AN_NMI, F.PIN_BASED_VM_EXEC_CONTROL: vmx.PIN_BASED_VIRTUAL_NMIS}),
     "blocked virtual NMIs": (
         "64-bit",
         {**NMI_BLOCKED, F.PIN_BASED_VM_EXEC_CONTROL: vmx.PIN_BASED_VIRTUAL_NMIS},
@@ -469,6 +472,8 @@ def test_pdptes_come_from_memory_without_ept_and_from_the_vmcs_with_it() -> None
     entry = Entry("PAE", {F.GUEST_PDPTR0: BAD_PDPTES[0]})
     assert entry.violation is None
     assert guest_pdptes(entry.vmcs, entry.memory) == PDPTES
+    # Neither the low five bits of CR3 nor those from 32 up are part of the table's address.
+    assert guest_pdptes(entry.set({F.GUEST_CR3: 1 << 32 | PDPT | 0x1F}).vmcs, entry.memory) == PDPTES
     entry = Entry("PAE with EPT", {F.GUEST_CR3: 0x9000})
     entry.memory.store(0x9000, 8, BAD_PDPTES[0])
     assert entry.violation is None

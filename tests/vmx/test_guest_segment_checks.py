@@ -6,13 +6,14 @@ import pytest
 from nested_guests import (
     DATA,
     FIVE_LEVEL_ADDRESS,
+    FLAT,
     KERNEL,
     NOT_CANONICAL,
     SIX,
     Entry,
     Fields,
     Rows,
-    part,
+    each,
     rows,
     segment,
 )
@@ -65,11 +66,11 @@ SEGMENTS: Rows = [
             {key: 0x12350},
             f"the base of {name} is not its selector times 16 in virtual-8086 mode",
         )
-        for name, key in part("BASE", *SIX)
+        for name, key in each("BASE", *SIX)
     ),
     *(
         (mode, {key: NOT_CANONICAL}, f"the base of {name} is not canonical")
-        for name, key in part("BASE", "TR", "FS", "GS")
+        for name, key in each("BASE", "TR", "FS", "GS")
         for mode in ("64-bit", "protected", "real")
     ),
     *(
@@ -81,17 +82,21 @@ SEGMENTS: Rows = [
     ),
     *(
         (mode, {key: base}, f"the base of {name} has more than 32 bits")
-        for name, key in part("BASE", "CS", "SS", "DS", "ES")
+        for name, key in each("BASE", "CS", "SS", "DS", "ES")
         for mode, base in (("64-bit", KERNEL), ("protected", 1 << 32), ("real", 1 << 32))
+    ),
+    *rows(
+        "the base of CS has more than 32 bits",
+        ("protected", {F.GUEST_CS_BASE: 1 << 32, F.GUEST_CS_AR_BYTES: AR_CODE32 | AR_UNUSABLE}),
     ),
     # Limits and access rights of virtual-8086 mode
     *(
         ("virtual-8086", {key: 0xFFFE}, f"the limit of {name} is not 64 KiB in virtual-8086 mode")
-        for name, key in part("LIMIT", *SIX)
+        for name, key in each("LIMIT", *SIX)
     ),
     *(
         ("virtual-8086", {key: rights}, f"the access rights of {name} are not those of virtual-8086 mode")
-        for name, key in part("AR_BYTES", *SIX)
+        for name, key in each("AR_BYTES", *SIX)
         for rights in (0xF2, 0xE3, 0xD3, 0x73, 0xFB, 0x1F3, 0x10F3, 0x20F3, 0x40F3, 0x80F3, 0x100F3, 0x200F3)
     ),
     # Type
@@ -115,17 +120,17 @@ SEGMENTS: Rows = [
     ),
     *(
         ("protected", {key: AR_P | AR_S | AR_G | kind}, f"{name} is not accessed")
-        for name, key in part("AR_BYTES", *DATA)
+        for name, key in each("AR_BYTES", *DATA)
         for kind in (0, 2, 6, 10)
     ),
     *(
         ("64-bit", {key: EXECUTE_ONLY}, f"{name} is a code segment that cannot be read")
-        for name, key in part("AR_BYTES", *DATA)
+        for name, key in each("AR_BYTES", *DATA)
     ),
     # S, P, reserved bits and G
     *(
         ("protected", {key: EVERY_KIND[name] & ~bit}, f"{name} {reason}")
-        for name, key in part("AR_BYTES", *SIX)
+        for name, key in each("AR_BYTES", *SIX)
         for bit, reason in ((AR_S, "has the wrong S flag"), (AR_P, "is not present"))
     ),
     *rows("TR has the wrong S flag", ("64-bit", {F.GUEST_TR_AR_BYTES: AR_TSS64_BUSY | AR_S})),
@@ -134,19 +139,19 @@ SEGMENTS: Rows = [
     *rows("LDTR is not present", ("64-bit", segment("LDTR", 0x20, AR_LDT & ~AR_P, limit=0xFF))),
     *(
         ("protected", {key: EVERY_KIND[name] | 1 << bit}, f"{name} has reserved access rights")
-        for name, key in part("AR_BYTES", *SIX)
+        for name, key in each("AR_BYTES", *SIX)
         for bit in (*range(8, 12), *range(17, 32))
     ),
     *rows("TR has reserved access rights", ("64-bit", {F.GUEST_TR_AR_BYTES: AR_TSS64_BUSY | 1 << 17})),
     *rows("LDTR has reserved access rights", ("64-bit", segment("LDTR", 0x20, AR_LDT | 1 << 9, limit=0xFF))),
     *(
         ("protected", {key: limit}, f"{name} has a limit in pages that does not end with one")
-        for name, key in part("LIMIT", *SIX)
+        for name, key in each("LIMIT", *SIX)
         for limit in (0xFFFF_FFFE, 0xF7FF, 0)
     ),
     *(
         ("real", {key: limit}, f"{name} has a limit in bytes of more than 20 bits")
-        for name, key in part("LIMIT", *SIX, "TR")
+        for name, key in each("LIMIT", *SIX, "TR")
         for limit in (0x10_0000, 0x8000_0FFF)
     ),
     *rows(
@@ -183,8 +188,12 @@ SEGMENTS: Rows = [
     ),
     *(
         (mode, {key: rights}, f"{name} is more privileged than its RPL")
-        for name, key in part("AR_BYTES", *DATA)
-        for mode, rights in (("protected user", AR_DATA | 2 << 5), ("64-bit user", AR_CODE32))
+        for name, key in each("AR_BYTES", *DATA)
+        for mode, rights in (
+            ("protected user", AR_DATA | 2 << 5),
+            ("protected user", AR_DATA | AR_EXPAND_DOWN),
+            ("64-bit user", AR_CODE32),
+        )
     ),
     # D/B
     *rows("CS has both L and D", ("64-bit", {F.GUEST_CS_AR_BYTES: AR_CODE64 | AR_DB})),
@@ -222,8 +231,11 @@ ALLOWED: dict[str, tuple[str, Fields]] = {
     "unusable LDTR with a base that is not canonical": ("64-bit", {F.GUEST_LDTR_BASE: NOT_CANONICAL}),
     "LDTR": ("64-bit", segment("LDTR", 0x20, AR_LDT, KERNEL, 0xFFFFF)),
     "bases of 64 bits": ("64-bit", {F.GUEST_FS_BASE: KERNEL, F.GUEST_GS_BASE: KERNEL, F.GUEST_TR_BASE: KERNEL}),
+    "bases of 32 bits": ("protected", {F.GUEST_CS_BASE: 1 << 31, F.GUEST_SS_BASE: FLAT}),
+    "LDTR of virtual-8086 mode": ("virtual-8086", segment("LDTR", 0x20, AR_LDT, KERNEL, 0xFF)),
     "CS with the unusable bit": ("protected", {F.GUEST_CS_AR_BYTES: AR_CODE32 | AR_UNUSABLE}),
     "execute-only CS": ("protected", {F.GUEST_CS_AR_BYTES: EXECUTE_ONLY}),
+    "conforming CS of the same level": ("protected", {F.GUEST_CS_AR_BYTES: CONFORMING}),
     "conforming CS of another level": ("protected user", {F.GUEST_CS_AR_BYTES: CONFORMING}),
     "conforming code in a data segment": ("protected user", {F.GUEST_DS_AR_BYTES: CONFORMING}),
     "SS that expands down": ("protected", {F.GUEST_SS_AR_BYTES: AR_DATA | AR_EXPAND_DOWN}),

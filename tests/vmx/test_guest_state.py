@@ -26,6 +26,7 @@ from lasskvm.x86.exceptions import BP, DB, GP, NMI, PF
 from lasskvm.x86.msr import MSR_IA32_DEBUGCTL
 from lasskvm.x86.registers import (
     AR_DPL,
+    AR_LDT,
     AR_UNUSABLE,
     CR0_CD,
     CR0_ET,
@@ -422,10 +423,10 @@ def test_every_guest_field_but_those_of_the_vmcs_itself_is_loaded() -> None:
     widths = {field_width(field) for field in PLAIN}
     assert widths == set(FieldWidth)
     for field in PLAIN:
-        guest, other = Nested("64-bit"), Nested("64-bit")
-        controls = {F.VM_ENTRY_CONTROLS: EVERYTHING_LOADED}
-        guest.add(controls)
-        other.add(controls)
+        guest, other = (
+            Nested("64-bit", {F.GUEST_LDTR_AR_BYTES: AR_LDT}).add({F.VM_ENTRY_CONTROLS: EVERYTHING_LOADED})
+            for _ in range(2)
+        )
         # Bit 4 exists in every one of them.
         other.vmcs[field] ^= 1 << 4
         assert loaded(guest).snapshot() != loaded(other).snapshot(), field.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from emulator_guest import CODE, UPPER
+from emulator_guest import UPPER
 from l2_guest import L2
 from legacy_modes import DATA_BASE, enter_protected_mode, enter_real_mode, enter_virtual_8086_mode
 
@@ -88,7 +88,18 @@ def test_pause_exits_at_any_privilege_level(l2: L2) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["nop", "mov rax, rbx", "mov rax, [rbx]", "syscall", "swapgs", "iretq", "cli", "smsw eax", "clflush [rax]", "ud2"],
+    [
+        "nop",
+        "mov rax, rbx",
+        "mov rax, [rbx]",
+        "syscall",
+        "swapgs",
+        "iretq",
+        "cli",
+        "smsw eax",
+        "clflush [rax]",
+        "ud2",
+    ],
 )
 def test_l1_cannot_intercept_other_instructions(l2: L2, source: str) -> None:
     l2.vmcs[F.CPU_BASED_VM_EXEC_CONTROL] = ALL_CONTROLS
@@ -177,11 +188,11 @@ def test_int3_is_not_sensitive_to_iopl_in_virtual_8086_mode(l2: L2) -> None:
     )
 
 
-@pytest.mark.parametrize("source", ["int 3", "int 1"])
-def test_int_n_is_no_exception_to_intercept(l2: L2, source: str) -> None:
-    """INT n with the long opcode is a software interrupt, also with the vector of an exception."""
+@pytest.mark.parametrize("vector", [DB, BP, OF])
+def test_int_n_is_no_exception_to_intercept(l2: L2, vector: int) -> None:
+    """With the long opcode it is a software interrupt, also with the vector of an exception."""
     l2.vmcs[F.EXCEPTION_BITMAP] = ALL_CONTROLS
-    assert l2.exit_of("db 0xCD, 3" if source == "int 3" else "db 0xCD, 1") is None
+    assert l2.exit_of(f"db 0xCD, {vector}") is None
 
 
 def test_into_exits_only_with_the_overflow_flag(l2: L2) -> None:
@@ -213,9 +224,3 @@ def test_unconditional_exits_also_come_from_real_mode(l2: L2) -> None:
     assert l2.words[CPL] == 0
     assert l2.exit_of("cpuid") == NestedExit(ExitReason.CPUID, instruction_length=2)
     assert l2.exit_of("vmcall") == NestedExit(ExitReason.VMCALL, instruction_length=3)
-
-
-def test_the_tests_begin_in_the_kernel(l2: L2) -> None:
-    assert l2.fetch("nop").bits == 64
-    assert l2.words[CPL] == 0
-    assert CODE >> 63

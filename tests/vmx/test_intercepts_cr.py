@@ -106,7 +106,9 @@ def test_outside_64_bit_mode_the_source_has_32_bits(l2: L2) -> None:
     assert l2.exit_of("mov cr0, eax") is None
 
 
-@pytest.mark.parametrize("source", ["mov rax, cr0", "mov rax, cr4", "smsw eax", "mov rax, cr2", "mov cr2, rax"])
+@pytest.mark.parametrize(
+    "source", ["mov rax, cr0", "mov rax, cr4", "smsw eax", "mov rax, cr2", "mov cr2, rax"]
+)
 def test_reading_cr0_and_cr4_and_all_of_cr2_never_exits(l2: L2, source: str) -> None:
     l2.primary(0xFFFF_FFFF)
     l2.vmcs[F.CR0_GUEST_HOST_MASK] = l2.vmcs[F.CR4_GUEST_HOST_MASK] = ONES

@@ -51,31 +51,27 @@ _REGISTER_FIELDS = {
 _SEGMENT_NAMES = {
     "ES": r.ES, "CS": r.CS, "SS": r.SS, "DS": r.DS, "FS": r.FS, "GS": r.GS, "LDTR": r.LDTR, "TR": r.TR,
 }  # fmt: skip
-_SEGMENT_PARTS = {"SELECTOR": s.SELECTOR, "BASE": s.BASE, "LIMIT": s.LIMIT}
-
-
-def _with_masks(fields: dict[VmcsField, int]) -> tuple[tuple[int, int, int], ...]:
-    """Encoding, state word, and the bits that the field has room for."""
-    return tuple(
-        (int(field), word, (1 << 8 * FIELD_BYTES[field_width(field)]) - 1) for field, word in fields.items()
-    )
-
-
-#: Fields that are loaded and saved as they are: a VM exit takes as long as there are lines in these two tables.
-_PLAIN_FIELDS = _with_masks(
-    _REGISTER_FIELDS
-    | {
-        VmcsField[f"GUEST_{name}_{part}"]: segment_word(number, index)
-        for name, number in _SEGMENT_NAMES.items()
-        for part, index in _SEGMENT_PARTS.items()
-    }
-)
-_ACCESS_RIGHTS = tuple(
-    (int(VmcsField[f"GUEST_{name}_AR_BYTES"]), segment_word(number, s.ATTRIBUTES))
+_SEGMENT_PARTS = {"SELECTOR": s.SELECTOR, "BASE": s.BASE, "LIMIT": s.LIMIT, "AR_BYTES": s.ATTRIBUTES}
+#: Fields that are loaded and saved as they are, but for the bits of :func:`_kept_bits`, and their state words.
+_PLAIN_FIELDS = _REGISTER_FIELDS | {
+    VmcsField[f"GUEST_{name}_{part}"]: segment_word(number, index)
     for name, number in _SEGMENT_NAMES.items()
-)
-#: The bases that have 32 bits, whether the segment is usable or not.
-_BASES_OF_32_BITS = tuple(segment_word(number, s.BASE) for number in (r.ES, r.SS, r.DS))
+    for part, index in _SEGMENT_PARTS.items()
+}
+_BASES_OF_32_BITS = (VmcsField.GUEST_ES_BASE, VmcsField.GUEST_SS_BASE, VmcsField.GUEST_DS_BASE)
+
+
+def _kept_bits(field: VmcsField) -> int:
+    """The bits of *field* that the register has and the field has room for."""
+    if field in _BASES_OF_32_BITS:
+        return r.MASK32
+    if field.name.endswith("_AR_BYTES"):
+        return vmx.SEGMENT_AR_WRITABLE
+    return (1 << 8 * FIELD_BYTES[field_width(field)]) - 1
+
+
+#: The same as encoding, state word and bits: a VM exit takes as long as there are lines here.
+_PLAIN = tuple((int(field), word, _kept_bits(field)) for field, word in _PLAIN_FIELDS.items())
 _LDTR_BASE, _LDTR_ATTRIBUTES = segment_word(r.LDTR, s.BASE), segment_word(r.LDTR, s.ATTRIBUTES)
 _SS_ATTRIBUTES = segment_word(r.SS, s.ATTRIBUTES)
 
@@ -128,25 +124,17 @@ def load_guest_state(ctx: Emulation, vmcs: Vmcs12) -> None:
     pdptes = guest_pdptes(vmcs, ctx.memory)
     words[s.CR0] = words[s.CR0] & CR0_UNCHANGED | vmcs[VmcsField.GUEST_CR0] & ~CR0_UNCHANGED
     words[s.RFLAGS] = vmcs[VmcsField.GUEST_RFLAGS]
-    for field, word, _ in _PLAIN_FIELDS:
-        words[word] = vmcs.fields[field]
-    _load_access_rights(words, vmcs)
+    for field, word, bits in _PLAIN:
+        words[word] = vmcs.fields[field] & bits
+    words[s.CPL] = (words[_SS_ATTRIBUTES] & r.AR_DPL) >> r.AR_DPL_SHIFT
+    if words[_LDTR_ATTRIBUTES] & r.AR_UNUSABLE:
+        # Nobody has looked at the field, and the register is always canonical.
+        words[_LDTR_BASE] = 0
     _load_controlled_registers(ctx, vmcs)
     for number, pdpte in enumerate(pdptes or ()):
         words[s.PDPTR0 + number] = pdpte
     _load_non_register_state(ctx, vmcs)
     words[s.TLB_FLUSH] = 1
-
-
-def _load_access_rights(words: Words, vmcs: Vmcs12) -> None:
-    for field, word in _ACCESS_RIGHTS:
-        words[word] = vmcs.fields[field] & vmx.SEGMENT_AR_WRITABLE
-    words[s.CPL] = (words[_SS_ATTRIBUTES] & r.AR_DPL) >> r.AR_DPL_SHIFT
-    for word in _BASES_OF_32_BITS:
-        words[word] &= r.MASK32
-    if words[_LDTR_ATTRIBUTES] & r.AR_UNUSABLE:
-        # Nobody has looked at the field, and the register is always canonical.
-        words[_LDTR_BASE] = 0
 
 
 def _load_controlled_registers(ctx: Emulation, vmcs: Vmcs12) -> None:
@@ -195,9 +183,11 @@ def save_guest_state(ctx: Emulation, vmcs: Vmcs12, record: NestedExit, pending_d
     words = ctx.words
     vmcs[VmcsField.GUEST_CR0] = words[s.CR0]
     vmcs[VmcsField.GUEST_RFLAGS] = _saved_rflags(words, record)
-    for field, word, mask in _PLAIN_FIELDS:
-        vmcs.fields[field] = words[word] & mask
-    _save_access_rights(words, vmcs)
+    for field, word, bits in _PLAIN:
+        vmcs.fields[field] = words[word] & bits
+    # The privilege level is SS.DPL to VMX, whatever SYSRET has left in the register.
+    ss_rights = vmcs[VmcsField.GUEST_SS_AR_BYTES] & ~r.AR_DPL
+    vmcs[VmcsField.GUEST_SS_AR_BYTES] = ss_rights | words[s.CPL] << r.AR_DPL_SHIFT
     _save_controlled_registers(ctx, vmcs)
     if secondary_controls(vmcs) & vmx.SECONDARY_EXEC_ENABLE_EPT and uses_pae_paging(words):
         for number, field in enumerate(_PDPTES):
@@ -231,14 +221,6 @@ def _save_controlled_registers(ctx: Emulation, vmcs: Vmcs12) -> None:
         vmcs[VmcsField.GUEST_IA32_PAT] = words[s.PAT]
     if controls & vmx.VM_EXIT_SAVE_IA32_EFER:
         vmcs[VmcsField.GUEST_IA32_EFER] = words[s.EFER]
-
-
-def _save_access_rights(words: Words, vmcs: Vmcs12) -> None:
-    for field, word in _ACCESS_RIGHTS:
-        vmcs.fields[field] = words[word] & vmx.SEGMENT_AR_WRITABLE
-    # The privilege level is SS.DPL to VMX, whatever SYSRET has left in the register.
-    ss_rights = vmcs[VmcsField.GUEST_SS_AR_BYTES] & ~r.AR_DPL
-    vmcs[VmcsField.GUEST_SS_AR_BYTES] = ss_rights | words[s.CPL] << r.AR_DPL_SHIFT
 
 
 def _save_non_register_state(ctx: Emulation, vmcs: Vmcs12, record: NestedExit, pending_debug: int) -> None:

@@ -35,14 +35,15 @@ _REGISTER_FIELDS = {
     VmcsField.HOST_IA32_SYSENTER_ESP: s.SYSENTER_ESP,
     VmcsField.HOST_IA32_SYSENTER_EIP: s.SYSENTER_EIP,
 }
-#: Data segments, their selectors, and the bases of those whose base is not 0.
+#: Data segments: the first of their state words, the selector, and the base of those whose base is not 0.
 _DATA_SEGMENTS = (
-    (r.ES, VmcsField.HOST_ES_SELECTOR, None),
-    (r.SS, VmcsField.HOST_SS_SELECTOR, None),
-    (r.DS, VmcsField.HOST_DS_SELECTOR, None),
-    (r.FS, VmcsField.HOST_FS_SELECTOR, VmcsField.HOST_FS_BASE),
-    (r.GS, VmcsField.HOST_GS_SELECTOR, VmcsField.HOST_GS_BASE),
+    (segment_word(r.ES, s.SELECTOR), VmcsField.HOST_ES_SELECTOR, None),
+    (segment_word(r.SS, s.SELECTOR), VmcsField.HOST_SS_SELECTOR, None),
+    (segment_word(r.DS, s.SELECTOR), VmcsField.HOST_DS_SELECTOR, None),
+    (segment_word(r.FS, s.SELECTOR), VmcsField.HOST_FS_SELECTOR, VmcsField.HOST_FS_BASE),
+    (segment_word(r.GS, s.SELECTOR), VmcsField.HOST_GS_SELECTOR, VmcsField.HOST_GS_BASE),
 )
+_CS, _TR, _LDTR = (segment_word(number, s.SELECTOR) for number in (r.CS, r.TR, r.LDTR))
 
 
 class VmxAborted(TripleFault):
@@ -89,23 +90,22 @@ def load_host_state(ctx: Emulation, vmcs: Vmcs12) -> None:
 def _load_segments(words: Words, vmcs: Vmcs12, ia32e: bool) -> None:
     """Segments without descriptors: of most registers only the selector is given (28.5.2)."""
     code = r.AR_CODE64 if ia32e else r.AR_CODE32
-    _set(words, r.CS, vmcs[VmcsField.HOST_CS_SELECTOR], 0, _FLAT_LIMIT, code)
+    _set(words, _CS, vmcs[VmcsField.HOST_CS_SELECTOR], 0, _FLAT_LIMIT, code)
     words[s.CPL] = 0
-    for number, selector_field, base_field in _DATA_SEGMENTS:
+    for first, selector_field, base_field in _DATA_SEGMENTS:
         selector = vmcs[selector_field]
         base = 0 if base_field is None else vmcs[base_field]
         if selector:
-            _set(words, number, selector, base, _FLAT_LIMIT, r.AR_DATA)
+            _set(words, first, selector, base, _FLAT_LIMIT, r.AR_DATA)
         else:
             # 64-bit software uses the bases of FS and GS without segments, and the manual has them loaded.
-            _set(words, number, 0, base, 0, r.AR_UNUSABLE)
-    tss = vmcs[VmcsField.HOST_TR_SELECTOR]
-    _set(words, r.TR, tss, vmcs[VmcsField.HOST_TR_BASE], _TSS_LIMIT, r.AR_TSS64_BUSY)
-    _set(words, r.LDTR, 0, 0, 0, r.AR_UNUSABLE)
+            _set(words, first, 0, base, 0, r.AR_UNUSABLE)
+    selector, base = vmcs[VmcsField.HOST_TR_SELECTOR], vmcs[VmcsField.HOST_TR_BASE]
+    _set(words, _TR, selector, base, _TSS_LIMIT, r.AR_TSS64_BUSY)
+    _set(words, _LDTR, 0, 0, 0, r.AR_UNUSABLE)
 
 
-def _set(words: Words, number: int, selector: int, base: int, limit: int, attributes: int) -> None:
-    first = segment_word(number, s.SELECTOR)
+def _set(words: Words, first: int, selector: int, base: int, limit: int, attributes: int) -> None:
     words[first + s.SELECTOR] = selector
     words[first + s.BASE] = base
     words[first + s.LIMIT] = limit

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from iced_x86 import Code, Mnemonic, Register
+from iced_x86 import Code, Mnemonic
 
 from lasskvm.emulator.completion import require_cpl0
 from lasskvm.emulator.context import Emulation
@@ -32,9 +32,6 @@ from lasskvm.x86.registers import CR4_OSXSAVE, CR4_PCE, CR4_SMXE, CR4_TSD, CR4_U
 __all__ = ["UNDEFINED_IN_NON_ROOT", "faults_before_exit"]
 
 _Check = Callable[[Emulation, Decoded], None]
-
-_CONTROL_REGISTERS = (0, 2, 3, 4, 8)
-_LAST_DEBUG_REGISTER = 7
 
 #: Instructions that have to be enabled for L2, by ``iced_x86.Mnemonic``; the secondary control.
 _ENABLED_BY: dict[int, int] = {
@@ -156,29 +153,12 @@ def _encls(ctx: Emulation, decoded: Decoded) -> None:
     _undefined_above_cpl0(ctx, decoded)
 
 
-# -------------------------------------------------------------------------------------- control and debug registers
+# ----------------------------------------------------------------------------------------------------------- together
 
+#: Control and debug registers that do not exist are #UD for the decoder already. MOV DR has no fault before its exit.
+_MOV_CR = (Code.MOV_CR_R32, Code.MOV_CR_R64, Code.MOV_R32_CR, Code.MOV_R64_CR)
+_BY_CODE: dict[int, _Check] = dict.fromkeys(_MOV_CR, _privileged)
 
-def _mov_cr(ctx: Emulation, decoded: Decoded) -> None:
-    registers = decoded.instruction.op0_register, decoded.instruction.op1_register
-    numbers = [each - Register.CR0 for each in registers if Register.CR0 <= each <= Register.CR15]
-    if numbers[0] not in _CONTROL_REGISTERS:
-        raise invalid_opcode()
-    require_cpl0(ctx.words)
-
-
-def _mov_dr(ctx: Emulation, decoded: Decoded) -> None:
-    """Only a register that does not exist at all comes before the exit."""
-    registers = decoded.instruction.op0_register, decoded.instruction.op1_register
-    numbers = [each - Register.DR0 for each in registers if Register.DR0 <= each <= Register.DR15]
-    if numbers[0] > _LAST_DEBUG_REGISTER:
-        raise invalid_opcode()
-
-
-_BY_CODE: dict[int, _Check] = {
-    **dict.fromkeys((Code.MOV_CR_R32, Code.MOV_CR_R64, Code.MOV_R32_CR, Code.MOV_R64_CR), _mov_cr),
-    **dict.fromkeys((Code.MOV_DR_R32, Code.MOV_DR_R64, Code.MOV_R32_DR, Code.MOV_R64_DR), _mov_dr),
-}
 _PRIVILEGED = (
     Mnemonic.HLT, Mnemonic.INVD, Mnemonic.WBINVD, Mnemonic.WBNOINVD, Mnemonic.CLTS, Mnemonic.LMSW, Mnemonic.INVLPG,
     Mnemonic.INVPCID, Mnemonic.RDMSR, Mnemonic.WRMSR, Mnemonic.LGDT, Mnemonic.LIDT,

@@ -84,6 +84,7 @@ def test_a_physical_entry_point_is_taken_as_it_is(tmp_path: Path) -> None:
         (make_elf32(Load(0x7000, CODE), entry=0x7000), "where the loader's own data lie"),
         (make_elf32(Load(0x100000, CODE), kind=ET_DYN), "ET_DYN, not an executable at a fixed address"),
         (b"#!/bin/sh\n", "neither a bzImage nor an ELF file nor a multiboot kernel"),
+        (b"\x1f\x8b\x08" + bytes(64), "is compressed; unpack it with gunzip"),
         (b"", "is empty"),
     ],
 )
