@@ -148,12 +148,12 @@ def test_pat_takes_only_memory_types(guest: Guest, memory_type: int) -> None:
 
 
 def test_without_the_feature_there_are_no_mtrrs(guest: Guest) -> None:
+    with_cpu(guest, "max,-mtrr")
     for index in (msr.MSR_IA32_MTRRCAP, msr.MSR_IA32_MTRR_DEF_TYPE, msr.MSR_IA32_MTRR_PHYSBASE0):
         assert rejects_read(guest, index)
 
 
 def test_uc_minus_is_a_pat_type_and_no_mtrr_type(guest: Guest) -> None:
-    with_cpu(guest, "max,+mtrr")
     write_msr(guest.ctx, msr.MSR_IA32_PAT, 7)
     assert rejects_write(guest, msr.MSR_IA32_MTRR_FIX64K_00000, 7)
     write_msr(guest.ctx, msr.MSR_IA32_MTRR_FIX64K_00000, 0x0606060606060606)
@@ -161,7 +161,6 @@ def test_uc_minus_is_a_pat_type_and_no_mtrr_type(guest: Guest) -> None:
 
 
 def test_mtrr_ranges_have_reserved_bits_above_maxphyaddr(guest: Guest) -> None:
-    with_cpu(guest, "max,+mtrr")
     too_high = 1 << guest.words[MAXPHYADDR]
     assert rejects_write(guest, msr.MSR_IA32_MTRR_PHYSBASE0, too_high)
     assert rejects_write(guest, msr.MSR_IA32_MTRR_PHYSMASK0, too_high)
@@ -173,7 +172,6 @@ def test_mtrr_ranges_have_reserved_bits_above_maxphyaddr(guest: Guest) -> None:
 
 
 def test_read_only_msrs_cannot_be_written_even_with_their_own_value(guest: Guest) -> None:
-    with_cpu(guest, "max,+mtrr")
     for index in (msr.MSR_PLATFORM_INFO, msr.MSR_IA32_MTRRCAP, msr.MSR_IA32_FEATURE_CONTROL):
         assert rejects_write(guest, index, read_msr(guest.ctx, index))
 

@@ -47,7 +47,7 @@ def build(engine: ExecutionEngine = "emulator") -> Vm:
     vm.create_irqchip()
     vm.create_pit2()
     vcpu = vm.create_vcpu()
-    vcpu.set_cpuid2(parse_cpu("max,+mtrr,-popcnt").entries())
+    vcpu.set_cpuid2(parse_cpu("max,-popcnt").entries())
     vcpu.set_regs(Regs(*range(1, 17), rip=CODE, rflags=0x246))
     vcpu.set_msrs({MSR_IA32_LSTAR: 0x5000, 0x2FF: 0xC06, MSR_IA32_TSC: 1 << 40})
     vcpu.set_fpu(Fpu(fpr=[3] * 8, xmm=list(range(16)), fsw=0x3800, ftwx=0x81, mxcsr=0x1FA0))

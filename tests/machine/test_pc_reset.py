@@ -195,7 +195,7 @@ def test_registers_msrs_and_devices_are_as_behind_power_on(way: str, engine: Exe
         out 0xf8, al
         """,
         engine=engine,
-        cpu="max,+mtrr",
+        cpu="max",
         on_shutdown="reset",
         devices=[DeviceRequest("pc-testdev")],
     )

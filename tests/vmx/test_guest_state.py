@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nested_guest import (
+from transition_guest import (
     CPUID,
     GUEST_PAT,
     HOST_PAT,

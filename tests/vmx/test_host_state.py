@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nested_guest import EXIT_HANDLER, GUEST_PAT, HOST_PAT, PDPT, PDPTES, Nested
+from transition_guest import EXIT_HANDLER, GUEST_PAT, HOST_PAT, PDPT, PDPTES, Nested
 
 from lasskvm import state as s
 from lasskvm.emulator.faults import TripleFault

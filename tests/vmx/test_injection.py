@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from nested_guest import Fields, Nested
+from transition_guest import Fields, Nested
 
 from lasskvm.emulator.events import Event, EventKind
 from lasskvm.state import RIP

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from nested_guest import Nested
+from transition_guest import Nested
 
 from lasskvm import state as s
 from lasskvm.emulator.context import Emulation

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields as fields_of
 
 import pytest
-from nested_guest import (
+from transition_guest import (
     CPUID,
     ENTRY_LOAD,
     EXIT_HANDLER,

@@ -6,6 +6,7 @@ the BIOS area, where kernels look for them.
 
 from __future__ import annotations
 
+from lasskvm.kvm.interface import VcpuInterface
 from lasskvm.machine.acpi import BIOS_AREA_START, AcpiTables
 from lasskvm.machine.bios_data import place_bios_data
 from lasskvm.machine.devices.cmos_map import describe_machine
@@ -21,8 +22,11 @@ from lasskvm.machine.devices.fw_cfg_items import (
 from lasskvm.machine.devices.uart16550 import COM1_PORT
 from lasskvm.machine.hardware import Hardware
 from lasskvm.memory import GuestMemory
+from lasskvm.x86.msr import MSR_IA32_MTRR_DEF_TYPE, MTRR_DEF_TYPE_ENABLE
 
-__all__ = ["describe", "place_firmware_data"]
+__all__ = ["describe", "leave_as_firmware"]
+
+_WRITE_BACK = 6
 
 
 def describe(hardware: Hardware, low_memory: int, high_memory: int) -> None:
@@ -40,8 +44,12 @@ def describe(hardware: Hardware, low_memory: int, high_memory: int) -> None:
         fw_cfg.add_file(name, data)
 
 
-def place_firmware_data(memory: GuestMemory) -> int:
-    """Leave in *memory* what firmware leaves: the BIOS data area, and the ACPI tables; the gpa of the RSDP."""
+def leave_as_firmware(memory: GuestMemory, vcpu: VcpuInterface) -> int:
+    """Leave what firmware leaves behind for what it starts; the gpa of ACPI's RSDP.
+
+    In *memory*, the BIOS data area and the ACPI tables; in *vcpu*, memory types: write-back where nothing else is said.
+    """
+    vcpu.set_msrs({MSR_IA32_MTRR_DEF_TYPE: MTRR_DEF_TYPE_ENABLE | _WRITE_BACK})
     place_bios_data(memory)
     AcpiTables().place(memory, BIOS_AREA_START)
     return BIOS_AREA_START

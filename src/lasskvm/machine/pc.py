@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, Self
 
-from lasskvm.errors import MemoryLayoutError, SnapshotError
+from lasskvm.errors import SnapshotError
 from lasskvm.kvm import (
     Clock,
     ExecutionEngine,
@@ -28,23 +27,19 @@ from lasskvm.kvm.providers import Provider
 from lasskvm.kvm.snapshot import Document, open_snapshot
 from lasskvm.kvm.snapshot_state import restore_vm, saved_clock, saved_cpuid
 from lasskvm.machine.boot import Entry, place_firmware, shadow_firmware
-from lasskvm.machine.description import describe, place_firmware_data
+from lasskvm.machine.description import describe, leave_as_firmware
 from lasskvm.machine.ending import STATUS_CRASHED, STATUS_TIMEOUT, End, Ending
 from lasskvm.machine.hardware import Hardware
 from lasskvm.machine.optional_devices import DeviceRequest
 from lasskvm.machine.power_on import PowerOnState
 from lasskvm.machine.provider import open_board
+from lasskvm.machine.ram import HIGH_MEMORY_START, RAM_SLOTS, place_ram
 from lasskvm.machine.snapshot import device_states, machine_of, restore_devices, save_machine
 from lasskvm.x86.cpu_models import CpuModel, parse_cpu
 
 __all__ = ["End", "Ending", "OnEvent", "Pc"]
 
-MIB = 1 << 20
-MINIMUM_MEMORY = 4 * MIB
-#: RAM stops here and goes on at 4 GiB: the space between belongs to devices and firmware.
-LOW_MEMORY_END = 0xC000_0000
-HIGH_MEMORY_START = 1 << 32
-_LOW_SLOT, _HIGH_SLOT, _FIRMWARE_SLOT = range(3)
+_FIRMWARE_SLOT = RAM_SLOTS
 #: A guest that keeps the VMM busy with port I/O lets it look around after so many exits, or so much guest
 #: time.
 _TURN_EXITS = 1000
@@ -70,7 +65,7 @@ class Pc:
     those beyond the usual ones. *on_reset* and *on_shutdown* say what follows a reset that the guest asks for, and a
     triple fault. A machine that was started by :meth:`enter` ends in any case: nothing is there to start again.
 
-    Raises :class:`MemoryLayoutError` for a memory size that is too small, or more than this host has,
+    Raises :class:`~lasskvm.errors.MemoryLayoutError` for a memory size that is too small, or more than this host has,
     :class:`~lasskvm.errors.DeviceError` for devices that contradict each other, and
     :class:`~lasskvm.errors.HostError` when the host has no KVM for the host provider.
     """
@@ -90,7 +85,6 @@ class Pc:
         on_reset: OnEvent = "reset",
         on_shutdown: OnEvent = "exit",
     ) -> None:
-        _check_memory_size(memory_size)
         self._exit_ports, self._exit_mmio = PortBus(), MmioBus()
         self._board = open_board(provider, self._exit_ports, self._exit_mmio, engine=engine, clock=clock)
         self.vm = self._board.vm
@@ -108,10 +102,7 @@ class Pc:
         self._save_at: tuple[Path, int] | None = None
         #: Puts into memory what the machine starts with, and says how to enter it.
         self._load_image: Callable[[int], Entry] | None = None
-        low = min(memory_size, LOW_MEMORY_END)
-        self.vm.set_user_memory_region(_LOW_SLOT, 0, self.vm.allocate(low))
-        if memory_size > low:
-            self.vm.set_user_memory_region(_HIGH_SLOT, HIGH_MEMORY_START, self.vm.allocate(memory_size - low))
+        low, high = place_ram(self.vm, memory_size)
         self.vm.create_irqchip()
         self.vm.create_pit2()
         self.vm.set_gsi_routing(pc_routes())
@@ -120,7 +111,7 @@ class Pc:
         self.uart = self.hardware.uart
         if firmware is not None:
             place_firmware(self.vm, firmware, _FIRMWARE_SLOT)
-        describe(self.hardware, low, memory_size - low)
+        describe(self.hardware, low, high)
         self._power_on = PowerOnState.capture(self.vm, self.vcpu)
 
     @classmethod
@@ -171,7 +162,7 @@ class Pc:
 
     def _start_image(self) -> None:
         if self._load_image is not None:
-            self._load_image(place_firmware_data(self.vm.memory)).apply(self.vcpu)
+            self._load_image(leave_as_firmware(self.vm.memory, self.vcpu)).apply(self.vcpu)
 
     def enter(self, entry: Entry) -> None:
         """Put the processor at the first instruction of an image that lies in memory; a reset ends the run then."""
@@ -383,27 +374,10 @@ class Pc:
         return f"RIP {regs.rip:#x}, RSP {regs.rsp:#x}, CR3 {self.vcpu.get_sregs().cr3:#x}"
 
 
-def _check_memory_size(memory_size: int) -> None:
-    if memory_size < MINIMUM_MEMORY:
-        raise MemoryLayoutError(
-            f"{memory_size / MIB:g} MiB of memory is too little for a PC; "
-            f"give at least {MINIMUM_MEMORY // MIB}"
-        )
-    if memory_size > _host_memory():
-        raise MemoryLayoutError(
-            f"the guest cannot have {memory_size // MIB} MiB of memory, "
-            f"this host has {_host_memory() // MIB}; give it less"
-        )
-
-
 def _describe(vm_exit: InternalErrorExit) -> str:
     if not vm_exit.instruction:
         return vm_exit.detail
     return f"{vm_exit.detail}; the instruction is {vm_exit.instruction.hex(' ')}"
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _wait(nanoseconds: int | None) -> None:

@@ -74,9 +74,8 @@ SUPPORTED: frozenset[str] = _names("""
 #: - SERIALIZE leaves direct execution; what kernels use in its place does not.
 #: - Kernels have no use for protection keys of supervisor pages.
 #: - Hardly any processor has LAM yet.
-#: - Memory types are kept and have no effect; without firmware to set MTRRs up, kernels complain.
 #: - Where the TSC never stops, Linux prefers it to kvm-clock; QEMU leaves the feature to be asked for, too.
-_ON_REQUEST = _names("la57 erms fsrm serialize pks lam mtrr nonstop_tsc")
+_ON_REQUEST = _names("la57 erms fsrm serialize pks lam nonstop_tsc")
 #: What no AMD processor has. (The TSC deadline and TSC_ADJUST, which they lack as well, KVM gives to their guests.)
 _INTEL_ONLY = _names("lass lam pks cldemote serialize")
 
