@@ -5,16 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transition_guest import (
-    CPUID,
-    GUEST_PAT,
-    HOST_PAT,
-    MODES,
-    PDPTE_FIELDS,
-    PDPTES,
-    WINDOW,
-    Nested,
-)
+from nested_guests import MODES, PDPTES
+from transition_guest import CPUID, GUEST_PAT, HOST_PAT, WINDOW, Nested
 
 from lasskvm import state as s
 from lasskvm.emulator.modes import code_bits
@@ -56,8 +48,8 @@ EVERYTHING_LOADED = (
 )
 EVERYTHING_SAVED = vmx.VM_EXIT_SAVE_DEBUG_CONTROLS | vmx.VM_EXIT_SAVE_IA32_PAT | vmx.VM_EXIT_SAVE_IA32_EFER
 DEBUG_BTF = 1 << 1
-SYSRET_LEFT_DPL = AR_DPL
 
+PDPTE_FIELDS = (F.GUEST_PDPTR0, F.GUEST_PDPTR1, F.GUEST_PDPTR2, F.GUEST_PDPTR3)
 #: Guest fields whose values are tied to others, or not loaded at all.
 SPECIAL = {
     F.GUEST_CR0,
@@ -148,7 +140,7 @@ def test_the_privilege_level_is_that_of_ss(mode: str, cpl: int) -> None:
 
 def test_the_privilege_level_is_saved_in_ss_whatever_the_register_has() -> None:
     guest = loaded(Nested("64-bit user"))
-    guest.words[segment_word(SS, s.ATTRIBUTES)] &= ~SYSRET_LEFT_DPL
+    guest.words[segment_word(SS, s.ATTRIBUTES)] &= ~AR_DPL
     assert saved(guest).vmcs[F.GUEST_SS_AR_BYTES] & AR_DPL == AR_DPL
 
 
@@ -218,6 +210,7 @@ def test_entry_without_load_controls_keeps_the_registers_of_l1() -> None:
 
 def test_load_debug_controls_loads_dr7_with_its_fixed_bits() -> None:
     guest = Nested("64-bit", {F.GUEST_DR7: 0xFFFF_FFFF, F.GUEST_IA32_DEBUGCTL: DEBUG_BTF})
+    guest.ctx.msrs.values[MSR_IA32_DEBUGCTL] = DEBUG_BTF
     loaded(guest.add({F.VM_ENTRY_CONTROLS: vmx.VM_ENTRY_LOAD_DEBUG_CONTROLS}))
     assert guest.words[s.DR7] == 0xFFFF_27FF
     # Branches are not single-stepped here, and the bit does not stick when WRMSR sets it either.
@@ -335,6 +328,8 @@ def test_single_step_over_mov_ss_is_still_pending_after_an_exit() -> None:
     guest.words[s.RFLAGS] |= RFLAGS_TF
     guest.words[s.INTERRUPT_SHADOW] = 1
     assert saved(guest, CPUID).vmcs[F.GUEST_PENDING_DBG_EXCEPTIONS] == vmx.PENDING_DEBUG_BS
+    for other in (exception(GP), exception(NMI, vmx.INTR_TYPE_NMI_INTR), NestedExit(ExitReason.NMI_WINDOW)):
+        assert saved(guest, other).vmcs[F.GUEST_PENDING_DBG_EXCEPTIONS] == vmx.PENDING_DEBUG_BS
     assert saved(guest, exception(DB)).vmcs[F.GUEST_PENDING_DBG_EXCEPTIONS] == 0
     guest.vmcs[F.GUEST_IA32_DEBUGCTL] = DEBUG_BTF
     guest.vmcs[F.VM_EXIT_CONTROLS] &= ~vmx.VM_EXIT_SAVE_DEBUG_CONTROLS

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transition_guest import EXIT_HANDLER, GUEST_PAT, HOST_PAT, PDPT, PDPTES, Nested
+from nested_guests import PDPT, PDPTES
+from transition_guest import EXIT_HANDLER, GUEST_PAT, HOST_PAT, Nested
 
 from lasskvm import state as s
 from lasskvm.emulator.faults import TripleFault

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from transition_guest import Fields, Nested
+from nested_guests import KERNEL, Fields
+from transition_guest import Nested
 
 from lasskvm.emulator.events import Event, EventKind
 from lasskvm.state import RIP
@@ -13,7 +14,6 @@ from lasskvm.x86 import vmx
 from lasskvm.x86.exceptions import BP, DB, GP, NMI, UD
 from lasskvm.x86.vmx_fields import VmcsField as F
 
-START = 0xFFFF_8000_0001_0000
 BS, ENABLED = vmx.PENDING_DEBUG_BS, vmx.PENDING_DEBUG_ENABLED_BREAKPOINT
 
 
@@ -40,15 +40,15 @@ def delivered(fields: Fields, mode: str = "64-bit") -> Event | None:
         ),
         (
             event(vmx.INTR_TYPE_SOFT_INTR, 0x80) | {F.VM_ENTRY_INSTRUCTION_LEN: 2},
-            Event(0x80, EventKind.SOFTWARE, return_rip=START + 2),
+            Event(0x80, EventKind.SOFTWARE, return_rip=KERNEL + 2),
         ),
         (
             event(vmx.INTR_TYPE_SOFT_EXCEPTION, BP) | {F.VM_ENTRY_INSTRUCTION_LEN: 1},
-            Event(BP, EventKind.SOFTWARE, return_rip=START + 1),
+            Event(BP, EventKind.SOFTWARE, return_rip=KERNEL + 1),
         ),
         (
             event(vmx.INTR_TYPE_PRIV_SW_EXCEPTION, DB) | {F.VM_ENTRY_INSTRUCTION_LEN: 1},
-            Event(DB, return_rip=START + 1),
+            Event(DB, return_rip=KERNEL + 1),
         ),
     ],
 )
@@ -97,4 +97,4 @@ def test_mov_ss_and_events_hold_pending_debug_exceptions_back_and_sti_does_not()
 def test_events_leave_the_instruction_pointer_to_the_delivery() -> None:
     guest = Nested("64-bit", event(vmx.INTR_TYPE_EXT_INTR, 0x20))
     load_guest_state(guest.ctx, guest.vmcs)
-    assert guest.words[RIP] == START
+    assert guest.words[RIP] == KERNEL

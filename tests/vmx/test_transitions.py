@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields as fields_of
 
 import pytest
+from nested_guests import MODES, PDPT, Fields
 from transition_guest import (
     CPUID,
     ENTRY_LOAD,
@@ -13,9 +14,6 @@ from transition_guest import (
     EXIT_LOAD,
     EXIT_STORE,
     HOST_PAT,
-    MODES,
-    PDPT,
-    Fields,
     Nested,
 )
 

@@ -1,4 +1,4 @@
-"""CR0 and CR4 in L2: the bits that L1 owns by its guest/host masks, and what L2 sees in their place.
+"""CR0 and CR4 in L2: what it sees and writes when L1 owns bits of them by the guest/host masks.
 
 Source: Intel SDM volume 3C, 25.6.6 (masks and read shadows), 26.3 (MOV from CR, SMSW, MOV to CR, LMSW, CLTS); KVM's
 ``nested_read_cr0()`` and ``nested_read_cr4()``.
@@ -10,7 +10,7 @@ from lasskvm.state import CR0, CR4, Words
 from lasskvm.vmx.vmcs import Vmcs12
 from lasskvm.x86.vmx_fields import VmcsField
 
-__all__ = ["changes_owned_bits", "keep_owned_bits", "visible_cr0", "visible_cr4"]
+__all__ = ["keep_owned_bits", "visible_cr0", "visible_cr4"]
 
 
 def visible_cr0(vmcs: Vmcs12, words: Words) -> int:
@@ -23,13 +23,11 @@ def visible_cr4(vmcs: Vmcs12, words: Words) -> int:
     return _visible(words[CR4], vmcs[VmcsField.CR4_GUEST_HOST_MASK], vmcs[VmcsField.CR4_READ_SHADOW])
 
 
-def changes_owned_bits(value: int, mask: int, shadow: int) -> bool:
-    """Whether MOV to CR0 or CR4 with *value* exits: a bit of *mask* is to become other than L2 sees it."""
-    return (value ^ shadow) & mask != 0
-
-
 def keep_owned_bits(value: int, mask: int, register: int) -> int:
-    """What MOV to CR0 or CR4 with *value* really writes to *register*: the bits of *mask* stay."""
+    """What MOV to CR0 or CR4 with *value*, which has not caused an exit, writes to *register*: the bits of *mask* stay.
+
+    The exits are those of :mod:`lasskvm.vmx.intercepts_cr`. CLTS and LMSW do the same with the bits they write.
+    """
     return register & mask | value & ~mask
 
 
