@@ -1,4 +1,4 @@
-"""A guest for the tests of transitions: L1 as in :mod:`emulator_guest`, with a VMCS for a guest of :mod:`nested_guests`."""
+"""A guest for the tests of transitions: L1 as in :mod:`emulator_guest`, and a VMCS for one of :mod:`nested_guests`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lasskvm.vmx.vmcs import Vmcs12
 from lasskvm.x86 import vmx
 from lasskvm.x86.registers import CR0_NE, CR0_PE, CR0_PG, CR0_WP, CR4_VMXE
 from lasskvm.x86.vmx_exits import ExitReason
+from lasskvm.x86.vmx_fields import FieldType, field_type
 from lasskvm.x86.vmx_fields import VmcsField as F
 
 #: L1's VM-exit handler; guest-physical addresses of the VMCS and of MSR lists.
@@ -78,7 +79,7 @@ class Nested(Guest):
 
     def guest_fields(self) -> Fields:
         """The guest-state area."""
-        return {field: self.vmcs[field] for field in F if field.name.startswith(("GUEST_", "VMX_PREEMPT"))}
+        return {field: self.vmcs[field] for field in F if field_type(field) == FieldType.GUEST_STATE}
 
     def exit(self, record: NestedExit = CPUID, *, pending_debug: int = 0) -> None:
         """A VM exit, with no preemption timer running."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields as fields_of
+from random import Random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nested_guests import MODES, PDPT, Fields
 from transition_guest import (
     CPUID,
@@ -25,7 +28,7 @@ from lasskvm.vmx.host_state import VmxAborted
 from lasskvm.vmx.transitions import enter_guest, fail_entry, leave_guest, record_exit
 from lasskvm.vmx.vmcs import Vmcs12
 from lasskvm.x86 import msr, vmx
-from lasskvm.x86.exceptions import NMI
+from lasskvm.x86.exceptions import NMI, UD
 from lasskvm.x86.registers import CR4_LASS, EFER_LMA, EFER_LME, RFLAGS_FIXED, TR
 from lasskvm.x86.vmx import VmEntryFailure, VmxAbort
 from lasskvm.x86.vmx_exits import EXIT_REASON_FAILED_VMENTRY, ExitReason
@@ -136,7 +139,7 @@ def test_the_mode_that_l2_leaves_in_is_the_one_it_is_entered_in_next() -> None:
 
 
 def test_an_exit_takes_back_the_event_to_inject() -> None:
-    event = vmx.INTR_INFO_VALID_MASK | vmx.INTR_TYPE_EXT_INTR | 0x20
+    event = vmx.INTR_INFO_VALID_MASK | vmx.INTR_TYPE_HARD_EXCEPTION | UD
     guest = entered(Nested("64-bit", {F.VM_ENTRY_INTR_INFO_FIELD: event}))
     guest.exit()
     assert guest.vmcs[F.VM_ENTRY_INTR_INFO_FIELD] == event & ~vmx.INTR_INFO_VALID_MASK
@@ -313,6 +316,24 @@ def test_entry_that_fails_aborts_when_l1_cannot_be_loaded() -> None:
             guest.ctx, guest.vmcs, guest.capabilities, ExitReason.INVALID_STATE, VmEntryFailure.DEFAULT
         )
     assert guest.vmcs.abort == VmxAbort.LOAD_HOST_MSR_FAIL
+
+
+@settings(max_examples=100)
+@given(seed=st.randoms(use_true_random=False), enters=st.booleans())
+def test_whatever_a_vmcs_has_nothing_worse_than_an_abort_happens(seed: Random, enters: bool) -> None:
+    guest = Nested()
+    for field in F:
+        if seed.random() < 0.5:
+            guest.vmcs[field] = seed.getrandbits(64)
+    guest.words[s.EFER] &= ~(EFER_LMA if seed.random() < 0.5 else 0)
+    indicator = 0
+    try:
+        if enters:
+            enter_guest(guest.ctx, guest.vmcs, guest.capabilities)
+        guest.exit()
+    except VmxAborted as abort:
+        indicator = abort.indicator
+    assert guest.vmcs.abort == indicator
 
 
 # ------------------------------------------------------------------------------------------- preemption timer
