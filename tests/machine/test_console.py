@@ -203,6 +203,12 @@ def test_a_terminal_is_one_and_a_pipe_is_none(terminal: Ends, pipe: Ends) -> Non
     assert not is_terminal(None)
 
 
+def test_a_raw_terminal_still_returns_the_carriage_at_a_line_feed(terminal: Ends, sink: Ends) -> None:
+    with joined(Guest(), terminal, sink, raw=True):
+        output_modes = termios.tcgetattr(terminal.host)[tty.OFLAG]
+    assert output_modes & (termios.OPOST | termios.ONLCR) == termios.OPOST | termios.ONLCR
+
+
 def test_a_raw_terminal_hands_every_key_to_the_guest(terminal: Ends, sink: Ends) -> None:
     guest = Guest()
     with joined(guest, terminal, sink, raw=True) as console:

@@ -253,6 +253,10 @@ def _terminal_mode(descriptor: int, raw: bool) -> Iterator[None]:
     try:
         if raw:
             tty.setraw(descriptor, termios.TCSADRAIN)
+            # Output is still processed: many guests end a line by a line feed alone.
+            processed = termios.tcgetattr(descriptor)
+            processed[tty.OFLAG] |= settings[tty.OFLAG] & (termios.OPOST | termios.ONLCR)
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, processed)
         else:
             silent = termios.tcgetattr(descriptor)
             silent[tty.LFLAG] &= ~termios.ECHO
