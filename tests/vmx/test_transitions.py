@@ -197,6 +197,13 @@ def test_nmi_that_exits_blocks_the_next_one_in_l1_only(controls: int) -> None:
     assert not guest.vmcs[F.GUEST_INTERRUPTIBILITY_INFO] & vmx.GUEST_INTR_STATE_NMI
 
 
+def test_exception_that_exits_does_not_block_nmis() -> None:
+    information = vmx.INTR_INFO_VALID_MASK | vmx.INTR_TYPE_HARD_EXCEPTION | UD
+    guest = entered(Nested())
+    guest.exit(NestedExit(ExitReason.EXCEPTION_NMI, interruption_information=information))
+    assert guest.words[s.NMI_BLOCKED] == 0
+
+
 @pytest.mark.parametrize("controls, in_l1", [(0, 1), (NMI_CONTROLS, 0)])
 def test_blocking_of_nmis_outlives_other_exits_unless_it_is_virtual(controls: int, in_l1: int) -> None:
     fields = {F.GUEST_INTERRUPTIBILITY_INFO: vmx.GUEST_INTR_STATE_NMI}

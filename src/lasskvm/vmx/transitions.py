@@ -140,7 +140,7 @@ def _block_nmis(ctx: Emulation, vmcs: Vmcs12, record: NestedExit) -> None:
     In L2 with virtual NMIs, physical ones are never blocked, and the state word is about the virtual ones.
     """
     kind = record.interruption_information & vmx.INTR_INFO_INTR_TYPE_MASK
-    if record.reason == ExitReason.EXCEPTION_NMI and kind == vmx.INTR_TYPE_NMI_INTR:
+    if kind == vmx.INTR_TYPE_NMI_INTR:
         ctx.words[NMI_BLOCKED] = 1
     elif vmcs[VmcsField.PIN_BASED_VM_EXEC_CONTROL] & vmx.PIN_BASED_VIRTUAL_NMIS:
         ctx.words[NMI_BLOCKED] = 0
