@@ -14,10 +14,10 @@ Source: Intel SDM volume 3A, chapter 5 (paging), volume 1, 3.3.7 (canonical), 6.
 
 from lasskvm.lass import FETCH, IMPLICIT, STACK, WRITE, is_lass_violation
 from lasskvm.state import CR0, CR3, CR4, EFER, MAXPHYADDR, PDPTR0, PKRS, PKRU, Words
-from lasskvm.x86.address import is_canonical, untag
+from lasskvm.x86.address import is_canonical, linear_bits, untag
 from lasskvm.x86.exceptions import GP, PF, SS
 from lasskvm.x86.paging import PhysicalMemory, load_physical, store_physical, walk
-from lasskvm.x86.registers import CR4_LA57, EFER_LMA, MASK64, RFLAGS_AC
+from lasskvm.x86.registers import EFER_LMA, MASK64, RFLAGS_AC
 
 __all__ = ["check_linear", "load_linear", "locate", "next_linear", "store_linear", "translate", "untagged"]
 
@@ -38,9 +38,7 @@ def check_linear(state: Words, address: int, size: int, flags: int, cpl: int, rf
     """
     if state[EFER] & EFER_LMA == 0:
         return 0
-    bits = 48
-    if state[CR4] & CR4_LA57 != 0:
-        bits = 57
+    bits = linear_bits(state[CR4])
     last = (address + size - (size != 0)) & MASK64
     if (
         is_canonical(untagged(state, address, flags), bits)

@@ -4,7 +4,8 @@ Plain functions over integers; compiled code calls them too.
 """
 
 from lasskvm.state import ATTRIBUTES, CR0, CR4, EFER, RFLAGS, SEGMENT_WORDS, SEGMENTS, Words
-from lasskvm.x86.registers import AR_DB, AR_L, CR0_PE, CR4_LA57, CS, EFER_LMA, MASK32, MASK64, RFLAGS_VM
+from lasskvm.x86.address import linear_bits
+from lasskvm.x86.registers import AR_DB, AR_L, CR0_PE, CS, EFER_LMA, MASK32, MASK64, RFLAGS_VM
 
 __all__ = [
     "code_bits",
@@ -18,8 +19,6 @@ __all__ = [
 ]
 
 _CS_ATTRIBUTES = SEGMENTS + SEGMENT_WORDS * CS + ATTRIBUTES
-_LINEAR_BITS = 48
-_LINEAR_BITS_LA57 = 57
 
 
 def in_ia32e_mode(state: Words) -> bool:
@@ -58,10 +57,7 @@ def code_bits(state: Words) -> int:
 
 def linear_address_bits(state: Words) -> int:
     """How many bits of a linear address are significant in IA-32e mode: 48, or 57 with CR4.LA57."""
-    bits = _LINEAR_BITS
-    if state[CR4] & CR4_LA57 != 0:
-        bits = _LINEAR_BITS_LA57
-    return bits
+    return linear_bits(state[CR4])
 
 
 def instruction_pointer_mask(state: Words) -> int:

@@ -6,6 +6,8 @@ the BIOS area, where kernels look for them.
 
 from __future__ import annotations
 
+from functools import cache
+
 from lasskvm.kvm.interface import VcpuInterface
 from lasskvm.machine.acpi import BIOS_AREA_START, AcpiTables
 from lasskvm.machine.bios_data import place_bios_data
@@ -40,7 +42,7 @@ def describe(hardware: Hardware, low_memory: int, high_memory: int) -> None:
     fw_cfg.add_file(SERIAL_CONSOLE_FILE, serial_console(COM1_PORT))
     # Another try would find as little to boot from.
     fw_cfg.add_file(BOOT_FAIL_WAIT_FILE, boot_fail_wait(None))
-    for name, data in AcpiTables().loader_files().items():
+    for name, data in _acpi_tables().loader_files().items():
         fw_cfg.add_file(name, data)
 
 
@@ -51,5 +53,10 @@ def leave_as_firmware(memory: GuestMemory, vcpu: VcpuInterface) -> int:
     """
     vcpu.set_msrs({MSR_IA32_MTRR_DEF_TYPE: MTRR_DEF_TYPE_ENABLE | _WRITE_BACK})
     place_bios_data(memory)
-    AcpiTables().place(memory, BIOS_AREA_START)
+    _acpi_tables().place(memory, BIOS_AREA_START)
     return BIOS_AREA_START
+
+
+@cache
+def _acpi_tables() -> AcpiTables:
+    return AcpiTables()

@@ -18,12 +18,13 @@ from lasskvm.emulator.modes import in_ia32e_mode
 from lasskvm.memory import PAGE_MASK, GuestMemory
 from lasskvm.state import CR4_ALLOWED, EFER_ALLOWED, MAXPHYADDR, Words
 from lasskvm.vmx.capabilities import VmxCapabilities
+from lasskvm.vmx.tpr_shadow import read_cr8
 from lasskvm.vmx.vmcs import Vmcs12, VmFailValid
 from lasskvm.x86 import vmx
-from lasskvm.x86.address import is_canonical
+from lasskvm.x86.address import is_canonical, linear_bits
 from lasskvm.x86.descriptors import SELECTOR_RPL, SELECTOR_TI
 from lasskvm.x86.exceptions import NMI, has_error_code
-from lasskvm.x86.registers import CR0_PE, CR4_LA57, CR4_PAE, CR4_PCIDE, EFER_LMA, EFER_LME
+from lasskvm.x86.registers import CR0_PE, CR4_PAE, CR4_PCIDE, EFER_LMA, EFER_LME
 from lasskvm.x86.vmx import VmInstructionError
 from lasskvm.x86.vmx_fields import VmcsField
 
@@ -37,10 +38,7 @@ __all__ = [
     "secondary_controls",
 ]
 
-_LINEAR_BITS, _LINEAR_BITS_LA57 = 48, 57
-#: The task-priority register of the virtual-APIC page; bits 7:4 are the class that the threshold is compared with.
-_VTPR_OFFSET = 0x80
-_VTPR_CLASS_SHIFT = 4
+#: The bits of the TPR threshold that exist.
 _TPR_THRESHOLD = 0xF
 #: Exceptions have vectors below.
 _EXCEPTION_VECTORS = 32
@@ -121,7 +119,7 @@ def _tpr_shadow_violations(vmcs: Vmcs12, memory: GuestMemory, words: Words) -> I
     threshold = vmcs[VmcsField.TPR_THRESHOLD]
     if not _is_page_address(words, page):
         yield "the address of the virtual-APIC page is not that of a page"
-    elif threshold & _TPR_THRESHOLD > memory.load(page + _VTPR_OFFSET, 1) >> _VTPR_CLASS_SHIFT:
+    elif threshold & _TPR_THRESHOLD > read_cr8(vmcs, memory):
         yield "the TPR threshold is above the virtual TPR"
     if threshold & ~_TPR_THRESHOLD:
         yield "reserved bits of the TPR threshold are set"
@@ -263,7 +261,7 @@ def _host_segment_violations(vmcs: Vmcs12, words: Words, ia32e: bool) -> Iterato
     if not ia32e and not vmcs[VmcsField.HOST_SS_SELECTOR]:
         yield "host SS is null outside IA-32e mode"
     # Registers take what the processor could use, whatever CR4.LA57 says at the moment.
-    bits = _LINEAR_BITS_LA57 if words[CR4_ALLOWED] & CR4_LA57 else _LINEAR_BITS
+    bits = linear_bits(words[CR4_ALLOWED])
     if not all(is_canonical(vmcs[address], bits) for address in _HOST_ADDRESSES):
         yield "a host base or SYSENTER address is not canonical"
 
@@ -275,7 +273,7 @@ def _address_space_violations(vmcs: Vmcs12, words: Words, ia32e: bool) -> Iterat
     if ia32e:
         if not cr4 & CR4_PAE:
             yield "host CR4 has no PAE in IA-32e mode"
-        if not is_canonical(rip, _LINEAR_BITS_LA57 if cr4 & CR4_LA57 else _LINEAR_BITS):
+        if not is_canonical(rip, linear_bits(cr4)):
             yield "host RIP is not canonical"
     else:
         if vmcs[VmcsField.VM_ENTRY_CONTROLS] & vmx.VM_ENTRY_IA32E_MODE:

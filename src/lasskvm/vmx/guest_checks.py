@@ -22,7 +22,7 @@ from lasskvm.emulator import msr_checks
 from lasskvm.emulator.control import is_legal_cr3
 from lasskvm.emulator.msrs import MSRS
 from lasskvm.memory import PAGE_MASK, GuestMemory
-from lasskvm.state import EFER_ALLOWED, MAXPHYADDR, Words
+from lasskvm.state import CR4_ALLOWED, EFER_ALLOWED, MAXPHYADDR, Words
 from lasskvm.vmx.capabilities import VmxCapabilities
 from lasskvm.vmx.guest_mode import (
     InjectedEvent,
@@ -30,12 +30,11 @@ from lasskvm.vmx.guest_mode import (
     injected_event,
     is_ia32e_guest,
     is_unrestricted_guest,
-    processor_linear_bits,
 )
 from lasskvm.vmx.guest_segment_checks import segment_dpl, segment_violations
 from lasskvm.vmx.vmcs import VMCS12_REVISION, Vmcs12, revision_id
 from lasskvm.x86 import vmx
-from lasskvm.x86.address import is_canonical
+from lasskvm.x86.address import is_canonical, linear_bits
 from lasskvm.x86.exceptions import DB, MC
 from lasskvm.x86.msr import DEBUGCTL_BTF, MSR_IA32_DEBUGCTL
 from lasskvm.x86.paging import pdpte_reserved
@@ -172,7 +171,7 @@ def _msr_violations(vmcs: Vmcs12, words: Words) -> Iterator[str]:
         if vmcs[VmcsField.GUEST_DR7] >> _LOW_HALF_BITS:
             yield "guest DR7 has more than 32 bits"
     for address in (VmcsField.GUEST_SYSENTER_ESP, VmcsField.GUEST_SYSENTER_EIP):
-        if not is_canonical(vmcs[address], processor_linear_bits(words)):
+        if not is_canonical(vmcs[address], linear_bits(words[CR4_ALLOWED])):
             yield "a guest SYSENTER address is not canonical"
     if controls & vmx.VM_ENTRY_LOAD_IA32_PAT and not msr_checks.pat(words, vmcs[VmcsField.GUEST_IA32_PAT]):
         yield "guest IA32_PAT has a memory type that does not exist"
@@ -196,7 +195,7 @@ def descriptor_table_violations(vmcs: Vmcs12, words: Words) -> Iterator[str]:
         ("GDTR", VmcsField.GUEST_GDTR_BASE, VmcsField.GUEST_GDTR_LIMIT),
         ("IDTR", VmcsField.GUEST_IDTR_BASE, VmcsField.GUEST_IDTR_LIMIT),
     ):
-        if not is_canonical(vmcs[base], processor_linear_bits(words)):
+        if not is_canonical(vmcs[base], linear_bits(words[CR4_ALLOWED])):
             yield f"the base of guest {name} is not canonical"
         if vmcs[limit] > _DESCRIPTOR_TABLE_LIMIT:
             yield f"the limit of guest {name} has more than 16 bits"
@@ -209,7 +208,7 @@ def rip_and_rflags_violations(vmcs: Vmcs12, words: Words) -> Iterator[str]:
         if rip >> _LOW_HALF_BITS:
             yield "guest RIP has more than 32 bits outside 64-bit mode"
     # One bit more than a canonical address has: L2 may have run off the end of the lower half, and faults there.
-    elif not is_canonical(rip, processor_linear_bits(words) + 1):
+    elif not is_canonical(rip, linear_bits(words[CR4_ALLOWED]) + 1):
         yield "guest RIP has more bits than linear addresses have"
     if rflags & ~_RFLAGS_DEFINED or not rflags & RFLAGS_FIXED:
         yield "guest RFLAGS has reserved bits, or lacks bit 1"

@@ -11,14 +11,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lasskvm.memory import GuestMemory
-from lasskvm.state import CR4_ALLOWED, Segment, Words
+from lasskvm.state import Segment
 from lasskvm.vmx.entry_checks import secondary_controls
 from lasskvm.vmx.vmcs import Vmcs12
 from lasskvm.x86 import vmx
-from lasskvm.x86.registers import CR0_PG, CR4_LA57, CR4_PAE, RFLAGS_VM
+from lasskvm.x86.registers import CR0_PG, CR4_PAE, RFLAGS_VM
 from lasskvm.x86.vmx_fields import VmcsField
 
 __all__ = [
+    "SEGMENT_FIELDS",
     "InjectedEvent",
     "guest_pdptes",
     "guest_segment",
@@ -26,14 +27,11 @@ __all__ = [
     "is_ia32e_guest",
     "is_unrestricted_guest",
     "is_virtual_8086_guest",
-    "processor_linear_bits",
 ]
-
-_LINEAR_BITS, _LINEAR_BITS_LA57 = 48, 57
 
 _SEGMENT_REGISTERS = ("ES", "CS", "SS", "DS", "FS", "GS", "LDTR", "TR")
 #: The fields of each segment register, in the order of :class:`Segment`.
-_SEGMENT_FIELDS = tuple(
+SEGMENT_FIELDS = tuple(
     tuple(VmcsField[f"GUEST_{name}_{part}"] for part in ("SELECTOR", "BASE", "LIMIT", "AR_BYTES"))
     for name in _SEGMENT_REGISTERS
 )
@@ -67,7 +65,7 @@ def is_virtual_8086_guest(vmcs: Vmcs12) -> bool:
 
 def guest_segment(vmcs: Vmcs12, number: int) -> Segment:
     """Segment register *number* (``x86.registers.ES`` to ``TR``) of L2; attributes with all bits of the field."""
-    selector, base, limit, attributes = _SEGMENT_FIELDS[number]
+    selector, base, limit, attributes = SEGMENT_FIELDS[number]
     return Segment(vmcs[selector], vmcs[base], vmcs[limit], vmcs[attributes])
 
 
@@ -92,11 +90,3 @@ def injected_event(vmcs: Vmcs12) -> InjectedEvent | None:
     if not information & vmx.INTR_INFO_VALID_MASK:
         return None
     return InjectedEvent(information & vmx.INTR_INFO_INTR_TYPE_MASK, information & vmx.INTR_INFO_VECTOR_MASK)
-
-
-def processor_linear_bits(words: Words) -> int:
-    """How wide linear addresses of the processor are, 48 or 57 bits, whatever CR4.LA57 says now or in L2.
-
-    What VM entry loads need not be canonical for L2's paging mode. *words* is the state of L1, or of L2.
-    """
-    return _LINEAR_BITS_LA57 if words[CR4_ALLOWED] & CR4_LA57 else _LINEAR_BITS

@@ -18,15 +18,14 @@ from functools import lru_cache
 from operator import itemgetter
 from typing import NamedTuple
 
-from lasskvm.state import Words
+from lasskvm.state import CR4_ALLOWED, Words
 from lasskvm.vmx.guest_mode import (
     is_ia32e_guest,
     is_unrestricted_guest,
     is_virtual_8086_guest,
-    processor_linear_bits,
 )
 from lasskvm.vmx.vmcs import Vmcs12
-from lasskvm.x86.address import is_canonical
+from lasskvm.x86.address import is_canonical, linear_bits
 from lasskvm.x86.descriptors import SELECTOR_RPL, SELECTOR_TI, SYS_LDT, SYS_TSS16_BUSY, SYS_TSS_BUSY
 from lasskvm.x86.registers import (
     AR_ACCESSED,
@@ -104,7 +103,7 @@ def segment_violations(vmcs: Vmcs12, words: Words) -> Iterator[str]:
     )
     selectors, rights = _SELECTORS(vmcs.fields), _RIGHTS(vmcs.fields)
     yield from _descriptor_violations(mode, selectors, _LIMITS(vmcs.fields), rights)
-    yield from _base_violations(mode, selectors, _BASES(vmcs.fields), rights, processor_linear_bits(words))
+    yield from _base_violations(mode, selectors, _BASES(vmcs.fields), rights, linear_bits(words[CR4_ALLOWED]))
 
 
 def segment_dpl(rights: int) -> int:

@@ -16,7 +16,7 @@ from lasskvm.emulator.msrs import MSRS
 from lasskvm.state import Words, segment_word
 from lasskvm.vmx.entry_checks import secondary_controls
 from lasskvm.vmx.exit_record import NestedExit
-from lasskvm.vmx.guest_mode import guest_pdptes, is_ia32e_guest
+from lasskvm.vmx.guest_mode import SEGMENT_FIELDS, guest_pdptes, is_ia32e_guest
 from lasskvm.vmx.injection import is_vectoring
 from lasskvm.vmx.vmcs import Vmcs12
 from lasskvm.x86 import registers as r
@@ -48,15 +48,11 @@ _REGISTER_FIELDS = {
     VmcsField.GUEST_SYSENTER_ESP: s.SYSENTER_ESP,
     VmcsField.GUEST_SYSENTER_EIP: s.SYSENTER_EIP,
 }
-_SEGMENT_NAMES = {
-    "ES": r.ES, "CS": r.CS, "SS": r.SS, "DS": r.DS, "FS": r.FS, "GS": r.GS, "LDTR": r.LDTR, "TR": r.TR,
-}  # fmt: skip
-_SEGMENT_PARTS = {"SELECTOR": s.SELECTOR, "BASE": s.BASE, "LIMIT": s.LIMIT, "AR_BYTES": s.ATTRIBUTES}
 #: Fields that are loaded and saved as they are, but for the bits of :func:`_kept_bits`, and their state words.
 _PLAIN_FIELDS = _REGISTER_FIELDS | {
-    VmcsField[f"GUEST_{name}_{part}"]: segment_word(number, index)
-    for name, number in _SEGMENT_NAMES.items()
-    for part, index in _SEGMENT_PARTS.items()
+    field: segment_word(number, part)
+    for number, fields in enumerate(SEGMENT_FIELDS)
+    for part, field in enumerate(fields)
 }
 _BASES_OF_32_BITS = (VmcsField.GUEST_ES_BASE, VmcsField.GUEST_SS_BASE, VmcsField.GUEST_DS_BASE)
 

@@ -36,13 +36,13 @@ from lasskvm.vmx.entry_checks import check_controls_and_host_state, is_valid_ept
 from lasskvm.vmx.nested import NestedVmx
 from lasskvm.vmx.vmcs import VMCS12_REVISION, Vmcs12, VmFailValid, revision_id
 from lasskvm.x86 import vmx
-from lasskvm.x86.address import is_canonical
+from lasskvm.x86.address import is_canonical, linear_bits
 from lasskvm.x86.msr import (
     FEATURE_CONTROL_LOCK,
     FEATURE_CONTROL_VMX_OUTSIDE_SMX,
     MSR_IA32_FEATURE_CONTROL,
 )
-from lasskvm.x86.registers import CR4_LA57, CR4_VMXE, MASK64, RFLAGS_ARITHMETIC, RFLAGS_CF, RFLAGS_ZF
+from lasskvm.x86.registers import CR4_VMXE, MASK64, RFLAGS_ARITHMETIC, RFLAGS_CF, RFLAGS_ZF
 from lasskvm.x86.vmx import VmInstructionError
 from lasskvm.x86.vmx_fields import VmcsField
 
@@ -61,7 +61,6 @@ _POINTER_BYTES = 8
 _DESCRIPTOR_BYTES = 16
 _VPID_BITS = 16
 _DESCRIPTOR_ADDRESS_SHIFT = 64
-_LINEAR_BITS, _LINEAR_BITS_LA57 = 48, 57
 
 #: The types of INVEPT and INVVPID, and the bits of IA32_VMX_EPT_VPID_CAP that offer them.
 _INVEPT_TYPES = {
@@ -267,7 +266,7 @@ def _invvpid(nested: NestedVmx, ctx: Emulation, decoded: Decoded) -> None:
 def _is_nameable(words: Words, address: int) -> bool:
     """Canonical for the widest addresses that the processor has; CR4.LA57 does not matter
     (KVM: ``is_noncanonical_invlpg_address()``)."""
-    return is_canonical(address, _LINEAR_BITS_LA57 if words[CR4_ALLOWED] & CR4_LA57 else _LINEAR_BITS)
+    return is_canonical(address, linear_bits(words[CR4_ALLOWED]))
 
 
 _ENTRIES = frozenset((Mnemonic.VMLAUNCH, Mnemonic.VMRESUME))

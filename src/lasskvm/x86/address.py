@@ -1,13 +1,13 @@
 """Linear addresses: canonical form, and pointers that carry metadata (linear-address masking, LAM).
 
-Both functions are in the compiled subset. Source: Intel SDM volume 1, 3.3.7.1 (canonical addresses); Intel Architecture
+All functions are in the compiled subset. Source: Intel SDM volume 1, 3.3.7.1 (canonical addresses); Intel Architecture
 Instruction Set Extensions Programming Reference, chapter "Linear Address Masking"; KVM's ``vmx_get_untagged_addr()``.
 """
 
 from lasskvm.lass import BRANCH, DT_LOAD, FETCH, IMPLICIT, INVLPG, MSR
 from lasskvm.x86.registers import CR3_LAM_U48, CR3_LAM_U57, CR4_LA57, CR4_LAM_SUP, MASK64
 
-__all__ = ["is_canonical", "untag"]
+__all__ = ["is_canonical", "linear_bits", "untag"]
 
 #: What LAM does not apply to: code, the processor's own accesses, and addresses that are only named.
 _NOT_MASKED = FETCH | IMPLICIT | INVLPG | MSR | DT_LOAD | BRANCH
@@ -16,6 +16,17 @@ _CR3_LAM = CR3_LAM_U48 | CR3_LAM_U57
 # With LAM48, bit 47 takes the place of bits 62:48; with LAM57, bit 56 that of bits 62:57. Bit 63 is kept.
 _LAM48_SIGN, _LAM48_METADATA = 47, (1 << 63) - (1 << 48)
 _LAM57_SIGN, _LAM57_METADATA = 56, (1 << 63) - (1 << 57)
+
+
+def linear_bits(cr4: int) -> int:
+    """How many bits of a linear address are significant in IA-32e mode: 48, or 57 where *cr4* has LA57.
+
+    With the CR4 bits that a processor allows in place of its CR4, how wide its linear addresses can be.
+    """
+    bits = 48
+    if cr4 & CR4_LA57 != 0:
+        bits = 57
+    return bits
 
 
 def is_canonical(address: int, linear_address_bits: int) -> bool:
