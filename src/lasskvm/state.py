@@ -47,6 +47,11 @@ DR0, DR1, DR2, DR3, DR6, DR7 = range(29, 35)
 #: Protection-key rights: the PKRU register for user pages, IA32_PKRS for supervisor pages.
 PKRU, PKRS = range(35, 37)
 
+#: VMX non-root operation with EPT: the EPT pointer, else 0. Physical addresses of the guest are translated by it.
+EPTP = 37
+#: What the last EPT violation or misconfiguration was: the guest-physical address, and the outcome of the EPT walk.
+EPT_FAULT_GPA, EPT_OUTCOME = range(38, 40)
+
 #: Segment registers ES, CS, SS, DS, FS, GS, LDTR, TR: ``SEGMENTS + SEGMENT_WORDS * number``, then the fields.
 SEGMENTS = 40
 SEGMENT_WORDS = 4
@@ -58,6 +63,8 @@ STAR, LSTAR, CSTAR, SFMASK, KERNEL_GS_BASE, TSC_AUX = range(76, 82)
 SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP = range(82, 85)
 PAT, APIC_BASE, MISC_ENABLE, XCR0 = range(85, 89)
 
+#: 1 while page faults may be VM exits of a nested guest, so that nobody delivers one without asking.
+PF_INTERCEPTED = 89
 #: 1 for the one instruction behind STI or MOV SS (SDM 7.8.3); MOV SS also holds back #DB.
 INTERRUPT_SHADOW = 90
 #: 1 from the delivery of an NMI until the next IRET.

@@ -183,19 +183,16 @@ def test_enabling_pae_paging_with_a_reserved_pdpte_bit_is_a_general_protection(p
     assert vector_of(protected, control.set_cr0, protected.memory, words[CR0] | CR0_PG) == GP
 
 
-def test_lmsw_sets_pe_and_cannot_clear_it(protected: Guest) -> None:
-    words = protected.words
-    words[CR0] = CR0_ET
-    control.load_machine_status_word(words, protected.memory, CR0_PE | CR0_EM | CR0_CD | 1 << 4)
-    assert words[CR0] == CR0_ET | CR0_PE | CR0_EM
-    control.load_machine_status_word(words, protected.memory, CR0_MP)
-    assert words[CR0] == CR0_ET | CR0_PE | CR0_MP
+def test_lmsw_sets_pe_and_cannot_clear_it() -> None:
+    cr0 = control.with_machine_status_word(CR0_ET, CR0_PE | CR0_EM | CR0_CD | 1 << 4)
+    assert cr0 == CR0_ET | CR0_PE | CR0_EM
+    assert control.with_machine_status_word(cr0, CR0_MP) == CR0_ET | CR0_PE | CR0_MP
 
 
 def test_clts_clears_only_ts(guest: Guest) -> None:
     before = guest.words[CR0]
     guest.words[CR0] |= CR0_TS
-    control.clear_task_switched(guest.words)
+    guest.run("clts")
     assert guest.words[CR0] == before
 
 

@@ -44,7 +44,7 @@ def delivered(fields: Fields, mode: str = "64-bit") -> Event | None:
         ),
         (
             event(vmx.INTR_TYPE_SOFT_EXCEPTION, BP) | {F.VM_ENTRY_INSTRUCTION_LEN: 1},
-            Event(BP, EventKind.SOFTWARE, return_rip=KERNEL + 1),
+            Event(BP, EventKind.SOFTWARE_EXCEPTION, return_rip=KERNEL + 1),
         ),
         (
             event(vmx.INTR_TYPE_PRIV_SW_EXCEPTION, DB) | {F.VM_ENTRY_INSTRUCTION_LEN: 1},

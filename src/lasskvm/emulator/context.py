@@ -19,13 +19,16 @@ from lasskvm.x86.paging import PhysicalMemory
 
 if TYPE_CHECKING:
     from lasskvm.emulator.decode import Decoded
+    from lasskvm.emulator.events import Event
 
 __all__ = [
     "DebugMonitor",
     "Emulation",
     "MsrPermission",
+    "NonRoot",
     "PortRead",
     "PortWrite",
+    "SgxHandler",
     "Translate",
     "VmxHandler",
 ]
@@ -63,6 +66,44 @@ class VmxHandler(Protocol):
     def execute(self, ctx: Emulation, decoded: Decoded) -> None:
         """Execute a VMX instruction (other than VMCALL and VMFUNC) and complete it, as a handler does."""
 
+    def written_control_register(self, words: Words, number: int, value: int) -> int:
+        """What MOV of *value* to CR0 or CR4 is to write; #GP(0) for what VMX operation does not allow there."""
+
+
+class SgxHandler(Protocol):
+    """SGX of a guest, as emulated instructions meet it."""
+
+    def execute(self, ctx: Emulation, decoded: Decoded) -> None:
+        """Execute the leaf function of ENCLS that EAX selects, one of SGX1, and complete it, as a handler does."""
+
+
+class NonRoot(Protocol):
+    """VMX non-root operation, while a nested guest runs: what its hypervisor has to say about its instructions."""
+
+    #: What the nested guest's time-stamp counter is ahead of its hypervisor's.
+    tsc_offset: int
+    #: Whether IRET ends the blocking of NMIs.
+    iret_unblocks_nmis: bool
+
+    def is_sensitive(self, decoded: Decoded) -> bool:
+        """Whether :meth:`before_instruction` has to be asked about *decoded*."""
+
+    def before_instruction(self, ctx: Emulation, decoded: Decoded) -> None:
+        """The nested guest is about to execute *decoded*.
+
+        Raises :class:`GuestFault` or a VM exit, an exception that goes through to the run loop, if that is what
+        happens instead.
+        """
+
+    def before_event(self, event: Event, vectoring: Event | None) -> None:
+        """*event* is due, *vectoring* was being delivered when it came up; may raise a VM exit."""
+
+    def visible_control_register(self, words: Words, number: int) -> int:
+        """What the nested guest reads from CR0, CR4 or CR8."""
+
+    def write_task_priority(self, value: int) -> bool:
+        """MOV to CR8: whether it was done, without the processor's own CR8; #GP(0) for reserved bits then."""
+
 
 def _no_port_reads(port: int, size: int) -> int | None:
     return None
@@ -93,7 +134,7 @@ class Emulation:
     ``watch_hits`` are the data and I/O breakpoints (bits 3:0 as in DR6) that the instruction in progress has met.
     ``msr_permission`` is the VM's MSR filter, if it has one, and ``debugger`` that of the VMM.
     ``hypercall`` answers VMCALL and VMMCALL, which are #UD without it. ``vmx`` executes the other VMX instructions, #UD
-    without it, too.
+    without it, too, and ``sgx`` the leaf functions of ENCLS. ``non_root`` is there while a nested guest runs.
     ``task_priority_written`` is called behind each MOV to CR8, for the local APIC.
     """
 
@@ -117,5 +158,7 @@ class Emulation:
     debugger: DebugMonitor | None = None
     hypercall: Callable[[Emulation], None] | None = None
     vmx: VmxHandler | None = None
+    sgx: SgxHandler | None = None
+    non_root: NonRoot | None = None
     task_priority_written: Callable[[], None] = _nobody
     decoded: Decoded | None = None

@@ -13,7 +13,7 @@ Source: Intel SDM volume 2B, MOV (control registers) and MOV (debug registers); 
 
 from __future__ import annotations
 
-from lasskvm.emulator.faults import debug_trap, general_protection, invalid_opcode
+from lasskvm.emulator.faults import debug_trap, general_protection, invalid_opcode, raise_linear_fault
 from lasskvm.emulator.modes import in_64bit_mode, linear_address_bits
 from lasskvm.state import (
     ATTRIBUTES,
@@ -29,6 +29,9 @@ from lasskvm.state import (
     DR7,
     EFER,
     EFER_ALLOWED,
+    EPT_FAULT_GPA,
+    EPT_OUTCOME,
+    EPTP,
     MAXPHYADDR,
     PDPTR0,
     PKRU,
@@ -40,6 +43,7 @@ from lasskvm.state import (
     segment_word,
 )
 from lasskvm.x86.address import is_canonical
+from lasskvm.x86.ept import EPT_EXIT, GPA_OF_PDPTES, ept_walk
 from lasskvm.x86.exceptions import GP
 from lasskvm.x86.paging import PhysicalMemory, load_physical, pdpte_reserved
 from lasskvm.x86.registers import (
@@ -89,10 +93,8 @@ from lasskvm.x86.registers import (
 )
 
 __all__ = [
-    "clear_task_switched",
     "get_dr",
     "is_legal_cr3",
-    "load_machine_status_word",
     "set_cr0",
     "set_cr3",
     "set_cr4",
@@ -101,6 +103,7 @@ __all__ = [
     "set_efer",
     "set_pkru",
     "set_segment_base",
+    "with_machine_status_word",
 ]
 
 _CR0_DEFINED = (
@@ -143,7 +146,7 @@ _LAST_ADDRESS_REGISTER = 3
 
 
 def set_cr3(state: Words, memory: PhysicalMemory, value: int) -> int:
-    """MOV to CR3: 0, or #GP's vector (error code 0) with nothing changed.
+    """MOV to CR3: 0, or with nothing changed #GP's vector (error code 0) or ``EPT_EXIT``.
 
     In IA-32e mode reserved bits are refused (:func:`is_legal_cr3`); with PAE paging the PDPTE registers are loaded and
     checked. With CR4.PCIDE, bit 63 of *value* permits to keep translations. They are forgotten nevertheless, as the
@@ -176,8 +179,15 @@ def is_legal_cr3(state: Words, value: int) -> bool:
 
 
 def load_pdptes(state: Words, memory: PhysicalMemory, cr3: int) -> int:
-    """Load the PDPTE registers from the table at *cr3*: 0, or #GP's vector with nothing changed."""
+    """Load the PDPTE registers from the table at *cr3*: 0, or with nothing changed #GP's vector or ``EPT_EXIT``."""
     table = cr3 & _CR3_PDPT_ADDRESS
+    if state[EPTP] != 0:
+        gpa = table
+        table, _, outcome = ept_walk(memory, gpa, 0, state[EPTP], state[MAXPHYADDR], GPA_OF_PDPTES)
+        if outcome != 0:
+            state[EPT_FAULT_GPA] = gpa
+            state[EPT_OUTCOME] = outcome
+            return EPT_EXIT
     first = load_physical(memory, table, _PDPTE_BYTES)
     second = load_physical(memory, table + _PDPTE_BYTES, _PDPTE_BYTES)
     third = load_physical(memory, table + 2 * _PDPTE_BYTES, _PDPTE_BYTES)
@@ -298,15 +308,9 @@ def set_efer(words: Words, value: int) -> None:
         words[TLB_FLUSH] = 1
 
 
-def load_machine_status_word(words: Words, memory: PhysicalMemory, value: int) -> None:
-    """LMSW: the low four bits of CR0; it can set PE but not clear it."""
-    old = words[CR0]
-    set_cr0(words, memory, old & ~_MACHINE_STATUS_WORD | value & _MACHINE_STATUS_WORD | old & CR0_PE)
-
-
-def clear_task_switched(words: Words) -> None:
-    """CLTS."""
-    words[CR0] &= ~CR0_TS
+def with_machine_status_word(cr0: int, value: int) -> int:
+    """What LMSW of *value* makes of *cr0*: the low four bits are loaded; it can set PE but not clear it."""
+    return cr0 & ~_MACHINE_STATUS_WORD | value & _MACHINE_STATUS_WORD | cr0 & CR0_PE
 
 
 def get_dr(words: Words, number: int) -> int:
@@ -349,5 +353,4 @@ def _debug_register(words: Words, number: int) -> int:
 
 
 def _load_pdptes_or_fault(words: Words, memory: PhysicalMemory) -> None:
-    if load_pdptes(words, memory, words[CR3]):
-        raise general_protection()
+    raise_linear_fault(load_pdptes(words, memory, words[CR3]), 0, 0)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 from lasskvm.emulator import delivery
 from lasskvm.emulator.delivery import deliver64
-from lasskvm.emulator.faults import GuestFault, TripleFault, raise_linear_fault
+from lasskvm.emulator.faults import EptFault, GuestFault, TripleFault, raise_linear_fault
 from lasskvm.emulator.legacy_delivery import deliver_legacy
 from lasskvm.emulator.modes import in_ia32e_mode
 from lasskvm.state import CR2, DR6, DR7, NMI_BLOCKED, RIP, Words
@@ -19,7 +20,7 @@ from lasskvm.x86.exceptions import DB, DF, makes_double_fault
 from lasskvm.x86.paging import PhysicalMemory
 from lasskvm.x86.registers import DR6_B0, DR6_FIXED, DR7_GD
 
-__all__ = ["Event", "EventKind", "deliver_event"]
+__all__ = ["Event", "EventKind", "EventWatch", "deliver_event"]
 
 _DR6_BREAKPOINTS = DR6_B0 * 0xF
 
@@ -29,8 +30,10 @@ class EventKind(Enum):
 
     #: A processor-detected exception, or INT1.
     EXCEPTION = "exception"
-    #: INT n, INT3 or INTO.
+    #: INT n.
     SOFTWARE = "software interrupt"
+    #: INT3 or INTO.
+    SOFTWARE_EXCEPTION = "software exception"
     EXTERNAL = "external interrupt"
     NMI = "NMI"
 
@@ -38,6 +41,7 @@ class EventKind(Enum):
 _DELIVERY_KINDS = {
     EventKind.EXCEPTION: delivery.EXCEPTION,
     EventKind.SOFTWARE: delivery.SOFTWARE,
+    EventKind.SOFTWARE_EXCEPTION: delivery.SOFTWARE,
     EventKind.EXTERNAL: delivery.EXTERNAL,
     EventKind.NMI: delivery.EXTERNAL,
 }
@@ -65,20 +69,44 @@ class Event:
         return cls(fault.vector, EventKind.EXCEPTION, fault.error_code, cr2=fault.cr2, dr6=fault.dr6)
 
 
-def deliver_event(words: Words, memory: PhysicalMemory, event: Event) -> None:
+class EventWatch(Protocol):
+    """Who is asked before anything is delivered: a hypervisor about its guest's events."""
+
+    def before_event(self, event: Event, vectoring: Event | None) -> None:
+        """*event* is due, *vectoring* was being delivered when it came up. An exception ends the delivery."""
+
+
+def deliver_event(
+    words: Words,
+    memory: PhysicalMemory,
+    event: Event,
+    watch: EventWatch | None = None,
+    *,
+    injected: bool = False,
+) -> None:
     """Deliver *event*, and whatever exception its delivery raises in turn.
 
-    Raises :class:`TripleFault` when #DF cannot be delivered, and :class:`Unhandleable` for a task gate.
+    *watch* is asked about each, but not about an event that it has *injected* itself, which leaves DR7 alone, too.
+    Raises :class:`TripleFault` when #DF cannot be delivered, :class:`Unhandleable` for a task gate, and
+    :class:`EptFault` with ``vectoring`` set.
     """
+    vectoring: Event | None = None
     if event.kind is EventKind.NMI:
         words[NMI_BLOCKED] = 1
     while True:
-        _load_payload(words, event)
+        if not injected:
+            if watch is not None:
+                watch.before_event(event, vectoring)
+            _load_payload(words, event)
+        injected = False
         try:
             _deliver(words, memory, event)
             return
         except GuestFault as fault:
-            event = _combine(event, fault)
+            vectoring, event = event, _combine(event, fault)
+        except EptFault as fault:
+            fault.vectoring = event
+            raise
 
 
 def _deliver(words: Words, memory: PhysicalMemory, event: Event) -> None:

@@ -87,10 +87,12 @@ def execute(ctx: Emulation, decoded: Decoded) -> None:
 
     Raises :class:`GuestFault` when it faults or traps, :class:`Unhandleable` when there is nothing that executes it,
     and :class:`~lasskvm.emulator.mmio.MmioReadNeeded` or :class:`~lasskvm.emulator.port_io.PortAccessNeeded` when it
-    has to wait for the VMM.
+    has to wait for the VMM. In a nested guest VM exits are raised, too.
     """
-    operation = compile_instruction(decoded, ctx.cpuid)
     ctx.mmio.begin()
+    if ctx.non_root is not None and ctx.non_root.is_sensitive(decoded):
+        ctx.non_root.before_instruction(ctx, decoded)
+    operation = compile_instruction(decoded, ctx.cpuid)
     ctx.watch_hits = 0
     operation.run(ctx)
     if operation.is_plain:
@@ -165,7 +167,7 @@ def deliver_fault(ctx: Emulation, fault: GuestFault) -> None:
         dr6 = ctx.debugger.filter_debug_trap(dr6)
     ctx.halted = False
     event = Event(fault.vector, error_code=fault.error_code, cr2=fault.cr2, dr6=dr6)
-    deliver_event(ctx.words, ctx.memory, event)
+    deliver_event(ctx.words, ctx.memory, event, ctx.non_root)
 
 
 def skip_forced_emulation_prefix(ctx: Emulation) -> bool:

@@ -2,15 +2,22 @@
 
 Handlers raise these; none of them ever leaves the vCPU's ``run()``: a :class:`GuestFault` is delivered to the
 guest, a :class:`TripleFault` becomes a shutdown exit, and :class:`Unhandleable` an internal-error exit, as in
-KVM.
+KVM. In a nested guest the first two may be VM exits, and :class:`EptFault` always is.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from lasskvm.x86.ept import EPT_EXIT
 from lasskvm.x86.exceptions import DB, GP, PF, SS, UD, vector_name
+
+if TYPE_CHECKING:
+    from lasskvm.emulator.events import Event
 
 __all__ = [
     "DebugReport",
+    "EptFault",
     "GuestFault",
     "TripleFault",
     "Unhandleable",
@@ -55,6 +62,19 @@ class DebugReport(Exception):
         super().__init__(vector_name(vector))
 
 
+class EptFault(Exception):
+    """An access of a nested guest ends in an EPT violation or misconfiguration, which is its hypervisor's business.
+
+    ``address`` is the linear address of the access, where it has one. The state words ``EPT_FAULT_GPA`` and
+    ``EPT_OUTCOME`` say the rest. ``vectoring`` is the event during whose delivery it happened, if any.
+    """
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+        self.vectoring: Event | None = None
+        super().__init__(f"EPT does not allow the access at linear {address:#x}")
+
+
 class Unhandleable(Exception):
     """What the emulator does not implement; KVM's ``X86EMUL_UNHANDLEABLE``. ``str()`` says what it was."""
 
@@ -82,6 +102,8 @@ def raise_linear_fault(vector: int, error_code: int, fault_address: int, externa
     """
     if vector == 0:
         return
+    if vector == EPT_EXIT:
+        raise EptFault(fault_address)
     if vector == PF:
         raise GuestFault(PF, error_code, cr2=fault_address)
     if vector in (GP, SS):

@@ -82,7 +82,7 @@ class Interpreter:
         #: Return as soon as the guest can take an NMI.
         self.want_nmi_window = False
         self._stop = False
-        self._blocks: dict[tuple[int, int], _Block] = {}
+        self._blocks: dict[tuple[int, int, bool], _Block] = {}
         self._code_pages: dict[int, _CodePage] = {}
         self._code_cpl = 0
 
@@ -213,7 +213,7 @@ class Interpreter:
         address = linear_address(words, CS, words[RIP])
         page = self._code_page(address)
         start = address + page.to_view
-        key = address + page.to_gpa, bits
+        key = address + page.to_gpa, bits, ctx.non_root is not None
         block = self._blocks.get(key)
         if block is None or page.view[start : start + len(block.code)] != block.code:
             block = self._make_block(
@@ -252,13 +252,18 @@ class Interpreter:
             self._code_pages[address >> PAGE_SHIFT] = page
         return page
 
+    def _is_sensitive(self, decoded: Decoded) -> bool:
+        """Whether the nested guest that runs may not execute *decoded* without a look at what its hypervisor says."""
+        non_root = self._ctx.non_root
+        return non_root is not None and non_root.is_sensitive(decoded)
+
     def _make_block(self, code: bytes, bits: int) -> _Block:
         """The block at the start of *code*, the rest of its page; empty when its first instruction is special."""
         steps: list[tuple[Executor, int]] = []
         position, last, loops = 0, None, False
         while len(steps) < _BLOCK_INSTRUCTIONS:
             decoded = decode(bits, code[position : position + MAX_INSTRUCTION_LENGTH])
-            if not isinstance(decoded, Decoded):
+            if not isinstance(decoded, Decoded) or self._is_sensitive(decoded):
                 break
             try:
                 operation = compile_instruction(decoded, self._ctx.cpuid)

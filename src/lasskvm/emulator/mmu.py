@@ -2,7 +2,8 @@
 
 Plain functions over integers. The TLB fill of direct execution calls them compiled; event delivery and the emulator
 call them compiled or as they are. A fault is returned, not raised: ``vector`` is 0 (no fault), or #GP or #SS with
-error code 0 for an address that is not canonical or violates LASS, or #PF with its error code.
+error code 0 for an address that is not canonical or violates LASS, or #PF with its error code. In a nested guest it
+can also be ``EPT_EXIT``, no fault but a VM exit; the state words ``EPT_FAULT_GPA`` and ``EPT_OUTCOME`` tell it then.
 
 *flags* describe the access (:mod:`lasskvm.lass`); *cpl* and *rflags* are given, not read from the state, because
 direct execution keeps them elsewhere while the guest runs, and because event delivery pushes with a CPL of its own.
@@ -13,10 +14,24 @@ Source: Intel SDM volume 3A, chapter 5 (paging), volume 1, 3.3.7 (canonical), 6.
 """
 
 from lasskvm.lass import FETCH, IMPLICIT, STACK, WRITE, is_lass_violation
-from lasskvm.state import CR0, CR3, CR4, EFER, MAXPHYADDR, PDPTR0, PKRS, PKRU, Words
+from lasskvm.state import (
+    CR0,
+    CR3,
+    CR4,
+    EFER,
+    EPT_FAULT_GPA,
+    EPT_OUTCOME,
+    EPTP,
+    MAXPHYADDR,
+    PDPTR0,
+    PKRS,
+    PKRU,
+    Words,
+)
 from lasskvm.x86.address import is_canonical, linear_bits, untag
+from lasskvm.x86.ept import EPT_EXIT
 from lasskvm.x86.exceptions import GP, PF, SS
-from lasskvm.x86.paging import PhysicalMemory, load_physical, store_physical, walk
+from lasskvm.x86.paging import PhysicalMemory, load_physical, store_physical, walk_nested
 from lasskvm.x86.registers import EFER_LMA, MASK64, RFLAGS_AC
 
 __all__ = ["check_linear", "load_linear", "locate", "next_linear", "store_linear", "translate", "untagged"]
@@ -67,10 +82,15 @@ def translate(
     user = explicit and cpl == 3
     ac = explicit and rflags & RFLAGS_AC != 0
     pdpte = state[PDPTR0 + ((address >> 30) & 3)]
-    gpa, permissions, error_code = walk(
+    gpa, permissions, error_code, outcome = walk_nested(
         memory, address, flags & (WRITE | FETCH), user, state[CR0], state[CR3], state[CR4], state[EFER], ac,
         state[MAXPHYADDR], pdpte, state[PKRU], state[PKRS],
+        state[EPTP],
     )  # fmt: skip
+    if outcome != 0:
+        state[EPT_FAULT_GPA] = gpa
+        state[EPT_OUTCOME] = outcome
+        return 0, 0, EPT_EXIT, 0
     if permissions == 0:
         return 0, 0, PF, error_code
     return gpa, permissions, 0, 0

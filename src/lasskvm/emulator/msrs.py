@@ -57,6 +57,7 @@ __all__ = [
     "MsrFile",
     "guest_tsc",
     "read_msr",
+    "visible_tsc",
     "write_base_msr",
     "write_msr",
 ]
@@ -77,7 +78,8 @@ class Msr:
 
     ``word`` is the state word that holds it, or None for the MSR file. ``default`` is its reset value in the
     file. ``writable`` are the bits WRMSR may change; an attempt to change another is #GP(0), except for the
-    bits in ``ignored``, which keep their value. ``features`` are CPUID features of which one must be there.
+    bits in ``ignored``, which keep their value. ``features`` are CPUID features of which one must be there, and
+    ``enabled_by`` are bits of IA32_FEATURE_CONTROL, once that is locked, without which the guest cannot write.
     ``check(words, value)`` says whether a value is allowed at all. A ``write_only`` register cannot be read; a
     write to one that ``translates`` makes direct execution forget its translations.
     """
@@ -87,6 +89,7 @@ class Msr:
     writable: int = 0
     ignored: int = 0
     features: tuple[str, ...] = ()
+    enabled_by: int = 0
     check: Callable[[Words, int], bool] | None = None
     write_only: bool = False
     translates: bool = False
@@ -113,6 +116,8 @@ _MISC_ENABLE_WRITABLE = (
     | msr.MISC_ENABLE_LIMIT_CPUID
     | msr.MISC_ENABLE_XD_DISABLE
 )
+#: IA32_SGXLEPUBKEYHASH0 to 3 at reset: SHA-256 of the key that Intel signs its launch enclave with.
+_SGX_LAUNCH_KEY_HASH = (0xA6053E051270B7AC, 0x6CFBE8BA8B3B413D, 0xC4916D99F2B3735D, 0xD4F8C05909F9BB3B)
 _MTRR = ("mtrr",)
 _SPEC_CTRL_FEATURES = ("spec_ctrl", "intel_stibp", "ssbd")
 
@@ -142,7 +147,7 @@ def _msr_table() -> dict[int, Msr]:
         msr.MSR_IA32_P5_MC_TYPE: Msr(),
         msr.MSR_IA32_PLATFORM_ID: Msr(),
         msr.MSR_SMI_COUNT: Msr(),
-        # Firmware has locked it, with nothing enabled.
+        # Firmware has locked it (feature_control()).
         msr.MSR_IA32_FEATURE_CONTROL: Msr(default=msr.FEATURE_CONTROL_LOCK),
         # Loading microcode does nothing; software writes 0 here before it asks CPUID for the revision.
         msr.MSR_IA32_BIOS_UPDT_TRIG: Msr(writable=MASK64, write_only=True),
@@ -184,6 +189,13 @@ def _msr_table() -> dict[int, Msr]:
         base, mask = msr.MSR_IA32_MTRR_PHYSBASE0 + 2 * number, msr.MSR_IA32_MTRR_PHYSMASK0 + 2 * number
         table[base] = Msr(writable=MASK64, features=_MTRR, check=check.mtrr_base)
         table[mask] = Msr(writable=MASK64, features=_MTRR, check=check.mtrr_mask)
+    for number, part in enumerate(_SGX_LAUNCH_KEY_HASH):
+        table[msr.MSR_IA32_SGXLEPUBKEYHASH0 + number] = Msr(
+            default=part,
+            writable=MASK64,
+            features=("sgx_lc",),
+            enabled_by=msr.FEATURE_CONTROL_SGX_LAUNCH_CONTROL,
+        )
     fixed = [
         msr.MSR_IA32_MTRR_FIX64K_00000,
         msr.MSR_IA32_MTRR_FIX16K_80000,
@@ -218,12 +230,17 @@ class MsrFile:
     """
 
     def __init__(self, cpuid: CpuidTable) -> None:
-        self.cpuid = cpuid
         self.values = {index: entry.default for index, entry in MSRS.items() if entry.word is None}
+        self.use_cpuid(cpuid)
         self.tsc_offset = 0
         self.tsc_adjust = 0
         self.tsc_changed: Callable[[], None] = _nobody
         self.attached: dict[int, AttachedMsr] = {}
+
+    def use_cpuid(self, cpuid: CpuidTable) -> None:
+        """Be the MSRs of a processor with *cpuid*: what firmware has locked depends on it, the others stay."""
+        self.cpuid = cpuid
+        self.values[msr.MSR_IA32_FEATURE_CONTROL] = feature_control(cpuid)
 
     def attach(
         self,
@@ -246,6 +263,18 @@ class MsrFile:
         return bool(self.values[msr.MSR_MISC_FEATURE_ENABLES] & _MISC_FEATURE_CPUID_FAULTING)
 
 
+def feature_control(cpuid: CpuidTable) -> int:
+    """What firmware leaves in IA32_FEATURE_CONTROL: everything that the processor has is enabled, and locked."""
+    value = msr.FEATURE_CONTROL_LOCK
+    if cpuid.has("vmx"):
+        value |= msr.FEATURE_CONTROL_VMX_OUTSIDE_SMX
+    if cpuid.has("sgx"):
+        value |= msr.FEATURE_CONTROL_SGX_ENABLE
+    if cpuid.has("sgx_lc"):
+        value |= msr.FEATURE_CONTROL_SGX_LAUNCH_CONTROL
+    return value
+
+
 class MsrAccessNeeded(Exception):
     """RDMSR (*value* is None) or WRMSR of MSR *index*, which the VM's filter leaves to the VMM. Nothing has changed."""
 
@@ -257,8 +286,14 @@ class MsrAccessNeeded(Exception):
 
 
 def guest_tsc(ctx: Emulation) -> int:
-    """The time-stamp counter as the guest sees it."""
+    """The guest's time-stamp counter, which its devices go by."""
     return ctx.read_tsc() + ctx.msrs.tsc_offset & MASK64
+
+
+def visible_tsc(ctx: Emulation) -> int:
+    """The time-stamp counter as instructions read it: in a nested guest, with its hypervisor's offset."""
+    offset = 0 if ctx.non_root is None else ctx.non_root.tsc_offset
+    return guest_tsc(ctx) + offset & MASK64
 
 
 def read_msr(ctx: Emulation, index: int, *, host_initiated: bool = False) -> int:
@@ -271,7 +306,7 @@ def read_msr(ctx: Emulation, index: int, *, host_initiated: bool = False) -> int
     if index == msr.MSR_IA32_EFER:
         return ctx.words[EFER]
     if index == msr.MSR_IA32_TSC:
-        return guest_tsc(ctx)
+        return guest_tsc(ctx) if host_initiated else visible_tsc(ctx)
     if index == msr.MSR_IA32_TSC_ADJUST and _has_any(ctx, ("tsc_adjust",), host_initiated):
         return ctx.msrs.tsc_adjust
     entry = MSRS.get(index)
@@ -309,7 +344,7 @@ def _write_entry(ctx: Emulation, index: int, value: int, host_initiated: bool) -
         raise general_protection()
     old = ctx.msrs.values[index] if entry.word is None else ctx.words[entry.word]
     if not host_initiated:
-        if not entry.writable | entry.ignored:
+        if not entry.writable | entry.ignored or not _is_enabled(ctx.msrs, entry):
             raise general_protection()
         value = value & ~entry.ignored | old & entry.ignored
         if (value ^ old) & ~entry.writable:
@@ -324,6 +359,11 @@ def _write_entry(ctx: Emulation, index: int, value: int, host_initiated: bool) -
         ctx.words[entry.word] = value
     if entry.translates:
         ctx.words[TLB_FLUSH] = 1
+
+
+def _is_enabled(msrs: MsrFile, entry: Msr) -> bool:
+    control = msrs.values[msr.MSR_IA32_FEATURE_CONTROL]
+    return not control & msr.FEATURE_CONTROL_LOCK or control & entry.enabled_by == entry.enabled_by
 
 
 def _has_any(ctx: Emulation, features: tuple[str, ...], host_initiated: bool) -> bool:

@@ -72,8 +72,12 @@ NO_PORT = 1 << 16
 FN_TRANSLATE_INSTRUCTION, FN_CODE_PAGE, CODE_PAGE, CODE_HOST = range(128, 132)
 #: Where a run ends before the instruction at this linear address.
 RUN_UNTIL = 132
-#: Whether the VM filters the guest's accesses to MSRs, so that none may be done natively.
-FILTERS_MSRS = 133
+#: What otherwise happens natively and is left to the emulator now, because the VM's MSR filter or the hypervisor of a
+#: nested guest may have something to say about it: ``LEAVE_*`` bits.
+LEFT_TO_EMULATOR = 133
+LEAVE_CR3, LEAVE_MSRS, LEAVE_PORTS, LEAVE_RDPID, LEAVE_RDTSC, LEAVE_RDTSCP = (
+    1 << number for number in range(6)
+)
 #: No page and no instruction has this linear address: it is not canonical, and more than 32 bits.
 NO_ADDRESS = 1 << 62
 
@@ -115,6 +119,7 @@ SVM_EXIT_CPUID = 0x72
 SVM_EXIT_IRET = 0x74
 SVM_EXIT_SWINT = 0x75
 SVM_EXIT_INVD = 0x76
+SVM_EXIT_PAUSE = 0x77
 SVM_EXIT_HLT = 0x78
 SVM_EXIT_INVLPG = 0x79
 SVM_EXIT_IOIO = 0x7B

@@ -22,6 +22,7 @@ from lasskvm.engine import context as c
 from lasskvm.engine import entry, fill, hooks, ports, private, timing
 from lasskvm.engine.block_hook import block_hook
 from lasskvm.engine.calibration import calibrate, library_function
+from lasskvm.engine.intercepts import Intercepts
 from lasskvm.engine.interpose import look_at_instructions, skip_dirty_reset
 from lasskvm.errors import HostError
 from lasskvm.memory import PAGE_CODE, PAGE_SHIFT, PAGE_SIZE, SLOT_WORDS, TABLE_FIRST, GuestMemory, Slot
@@ -40,17 +41,6 @@ _PRIVATE_PAGES = 6
 _VMCB_MSR_MAP = 0x48
 
 _TCG_BUFFER_BYTES = 192 << 20
-
-_INTERCEPTED = (
-    c.SVM_EXIT_INTR, c.SVM_EXIT_IDTR_READ, c.SVM_EXIT_GDTR_READ, c.SVM_EXIT_LDTR_READ, c.SVM_EXIT_TR_READ,
-    c.SVM_EXIT_IDTR_WRITE, c.SVM_EXIT_GDTR_WRITE, c.SVM_EXIT_LDTR_WRITE, c.SVM_EXIT_TR_WRITE,
-    c.SVM_EXIT_RDPMC, c.SVM_EXIT_CPUID, c.SVM_EXIT_SWINT, c.SVM_EXIT_INVD, c.SVM_EXIT_HLT, c.SVM_EXIT_INVLPG,
-    c.SVM_EXIT_MSR, c.SVM_EXIT_ICEBP, c.SVM_EXIT_WBINVD, c.SVM_EXIT_MONITOR, c.SVM_EXIT_MWAIT, c.SVM_EXIT_XSETBV,
-)  # fmt: skip
-_CR_WRITES = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 8
-#: CR0 is read by SMSW, too; CR4 differs from what the translator has.
-_CR_READS = 1 << 0 | 1 << 4 | 1 << 8
-_ALL_DEBUG_REGISTERS = 0xFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +129,7 @@ class Engine:
     def run(self) -> EngineExit:
         """Execute guest code from the state words until an exit; the words then hold the state at the exit."""
         self._offer_coalescing()
-        if self.state.words[NMI_BLOCKED] != self._intercepts_iret:
-            self._intercept_instructions()
+        self._intercepts.follow(nmis_are_blocked=bool(self.state.words[NMI_BLOCKED]))
         self._enter(self._context_address)
         self._take_coalesced()
         if self._error is not None:
@@ -234,15 +223,13 @@ class Engine:
         words[c.WATCH_HIT] = words[c.WATCH_BORROWED_TF] = 0
         return hit, borrowed
 
-    @property
-    def filters_msrs(self) -> bool:
-        """Whether the emulator is to see every access to an MSR."""
-        return bool(self._context_words[c.FILTERS_MSRS])
+    def leave_to_emulator(self, kinds: int, *, cr3_reads: bool = False, pauses: bool = False) -> None:
+        """From the next run on, let the emulator execute what is one of *kinds*, ``LEAVE_*`` of the context.
 
-    @filters_msrs.setter
-    def filters_msrs(self, value: bool) -> None:
-        """Say so, between two runs."""
-        self._context_words[c.FILTERS_MSRS] = int(value)
+        Reads of CR3 and PAUSE, for which there are intercepts, only if asked for.
+        """
+        self._context_words[c.LEFT_TO_EMULATOR] = kinds
+        self._intercepts.add(cr3_reads=cr3_reads, pauses=pauses)
 
     def transient_state(self) -> list[int]:
         """What lasts from one run to the next beside the state words and the FPU, for snapshots."""
@@ -317,18 +304,7 @@ class Engine:
         self._private[vmcb + _VMCB_MSR_MAP : vmcb + _VMCB_MSR_MAP + 8] = (_PRIVATE_GPA + msr_map).to_bytes(
             8, "little"
         )
-        private.set_intercepts(
-            self._env, _PRIVATE_GPA + vmcb, _CR_READS, _CR_WRITES, _ALL_DEBUG_REGISTERS, _ALL_DEBUG_REGISTERS
-        )
-        self._intercept_instructions()
-
-    def _intercept_instructions(self) -> None:
-        """Intercept what is emulated; while NMIs are blocked also IRET, behind which one that waits is due at once."""
-        self._intercepts_iret = self.state.words[NMI_BLOCKED]
-        codes = (*_INTERCEPTED, c.SVM_EXIT_IRET) if self._intercepts_iret else _INTERCEPTED
-        private.set_instruction_intercepts(
-            self._env, sum(1 << (code - c.SVM_EXIT_FIRST_INSTRUCTION) for code in codes)
-        )
+        self._intercepts = Intercepts(self._env, _PRIVATE_GPA + vmcb)
 
     def _hook(self, kind: int, callback: int, instruction: int = 0) -> None:
         handle = ctypes.c_size_t()

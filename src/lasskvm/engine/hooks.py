@@ -37,10 +37,13 @@ from lasskvm.engine.context import (
     FAULT_ERROR_CODE,
     FAULT_FLAGS,
     FAULT_VECTOR,
-    FILTERS_MSRS,
     FN_CC_COMPUTE_ALL,
     INSTRUCTION,
     INSTRUCTION_BYTES,
+    LEAVE_CR3,
+    LEAVE_MSRS,
+    LEAVE_RDPID,
+    LEFT_TO_EMULATOR,
     MEMORY,
     OFFERS_RDPID,
     STATE,
@@ -80,6 +83,7 @@ from lasskvm.state import (
     DR7,
     EFER,
     INTERRUPT_SHADOW,
+    PF_INTERCEPTED,
     R8,
     R11,
     RAX,
@@ -225,6 +229,7 @@ def _memory_fault(context: int, env: int) -> None:
     state = words(load64(context + 8 * STATE), STATE_WORDS)
     if (
         vector != PF
+        or state[PF_INTERCEPTED] != 0
         or state[EFER] & EFER_LMA == 0
         or (flags & FETCH != 0 and guest_linear_rip(env) >> _PAGE_SHIFT != address >> _PAGE_SHIFT)
         or (flags & FETCH != 0 and state[DR7] & _DR7_ENABLED != 0)
@@ -280,7 +285,8 @@ def _frequent_instruction(context: int, env: int, number: int) -> bool:
         )
     if guest_cpl(env) != 0:
         return False
-    if number == _EVENT_CR3_WRITE and opcode == _OPCODE_MOV_TO_CR:
+    left = load64(context + 8 * LEFT_TO_EMULATOR)
+    if number == _EVENT_CR3_WRITE and opcode == _OPCODE_MOV_TO_CR and left & LEAVE_CR3 == 0:
         if (modrm >> _MODRM_REGISTER_SHIFT) & 7 != _CR3_NUMBER or length > 3 or (length == 3 and rex == 0):
             return False
         save_state(env, state, load64(context + 8 * FN_CC_COMPUTE_ALL))
@@ -297,7 +303,7 @@ def _frequent_instruction(context: int, env: int, number: int) -> bool:
                 flush_local(load64(context + 8 * CPU), context)
         _complete(env, state, length + 1)
         return True
-    if number == _EVENT_MSR and opcode == _OPCODE_WRMSR and load64(context + 8 * FILTERS_MSRS) == 0:
+    if number == _EVENT_MSR and opcode == _OPCODE_WRMSR and left & LEAVE_MSRS == 0:
         save_state(env, state, load64(context + 8 * FN_CC_COMPUTE_ALL))
         value = (state[RAX] & MASK32) | ((state[RDX] & MASK32) << 32)
         if write_base_msr(state, state[RCX] & MASK32, value) != 0:
@@ -320,8 +326,13 @@ def _base_or_rdpid(
     """WRFSBASE, WRGSBASE or RDPID, unless it is to fault."""
     operation = (modrm >> _MODRM_REGISTER_SHIFT) & 7
     register = (modrm & 7) + R8 * (rex & _REX_B)
+    left = load64(context + 8 * LEFT_TO_EMULATOR)
     if opcode == _OPCODE_RDPID:
-        if operation != _RDPID_EXTENSION or load64(context + 8 * OFFERS_RDPID) == 0:
+        if (
+            operation != _RDPID_EXTENSION
+            or load64(context + 8 * OFFERS_RDPID) == 0
+            or left & LEAVE_RDPID != 0
+        ):
             return False
         save_state(env, state, load64(context + 8 * FN_CC_COMPUTE_ALL))
         state[register] = state[TSC_AUX] & MASK32

@@ -17,6 +17,8 @@ from lasskvm.engine.context import (
     EVENT_PORT,
     FN_PORT_READ,
     FN_PORT_WRITE,
+    LEAVE_PORTS,
+    LEFT_TO_EMULATOR,
     MEMORY,
     PORT_CLAIMED,
     STATE,
@@ -74,6 +76,8 @@ def port_write(context: int, port: int, size: int, value: int) -> None:
 
 def _check_port(context: int, port: int, size: int) -> None:
     """Raise the fault of an I/O access that IOPL and the TSS forbid, from within the instruction."""
+    if load64(context + 8 * LEFT_TO_EMULATOR) & LEAVE_PORTS != 0:
+        leave_instruction(context, EVENT_PORT, 0)
     env = load64(context + 8 * ENV)
     state = words(load64(context + 8 * STATE), STATE_WORDS)
     memory: Any = load64(context + 8 * MEMORY)

@@ -285,6 +285,11 @@ def set_instruction_intercepts(env: int, instructions: int) -> None:
     store64(env + _INTERCEPT, instructions)
 
 
+def set_cr_read_intercepts(env: int, registers: int) -> None:
+    """Intercept MOV from the control registers whose bits are set (VMCB offset 0x000)."""
+    store16(env + _INTERCEPT_CR_READ, registers)
+
+
 def set_intercepts(env: int, vmcb_gpa: int, cr_read: int, cr_write: int, dr_read: int, dr_write: int) -> None:
     """Enter SVM guest mode with these intercept masks, as VMCB offsets 0x000 to 0x008, and every exception.
 

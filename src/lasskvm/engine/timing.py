@@ -8,11 +8,17 @@ from lasskvm.engine.context import (
     HOST_DEADLINE,
     HOST_POLL_BLOCKS,
     HOST_TIME,
+    LEAVE_RDTSC,
+    LEAVE_RDTSCP,
+    LEFT_TO_EMULATOR,
     STATE,
+    SVM_EXIT_BASE,
+    SVM_EXIT_RDTSC,
+    SVM_EXIT_RDTSCP,
     TSC_BASE,
     TSC_PER_BLOCK,
 )
-from lasskvm.engine.leaving import raise_fault, stop
+from lasskvm.engine.leaving import leave_instruction, raise_fault, stop
 from lasskvm.engine.native import callback, foreign_function, load64, store64
 from lasskvm.engine.native import words_at as words
 from lasskvm.engine.private import guest_cpl, set_guest_rax_rdx, set_guest_rcx
@@ -55,6 +61,8 @@ def host_nanoseconds(context: int) -> int:
 @callback(32, 64, 64)
 def on_rdtsc(uc, context):  # type: ignore[no-untyped-def]
     """RDTSC; returns 1 to keep the translator from reading the host's counter."""
+    if load64(context + 8 * LEFT_TO_EMULATOR) & LEAVE_RDTSC != 0:
+        leave_instruction(context, SVM_EXIT_BASE + SVM_EXIT_RDTSC, 0)
     time_stamp(context)
     return 1
 
@@ -62,6 +70,8 @@ def on_rdtsc(uc, context):  # type: ignore[no-untyped-def]
 @callback(32, 64, 64)
 def on_rdtscp(uc, context):  # type: ignore[no-untyped-def]
     """RDTSCP, likewise."""
+    if load64(context + 8 * LEFT_TO_EMULATOR) & LEAVE_RDTSCP != 0:
+        leave_instruction(context, SVM_EXIT_BASE + SVM_EXIT_RDTSCP, 0)
     time_stamp(context)
     state = words(load64(context + 8 * STATE), STATE_WORDS)
     set_guest_rcx(load64(context + 8 * ENV), state[TSC_AUX] & MASK32)

@@ -86,6 +86,18 @@ class EventQueue:
         self._interrupt, self._interrupt_is_soft = vector, False
         self.waiting = True
 
+    @property
+    def has_interrupt(self) -> bool:
+        """Whether an external interrupt waits, rather than another event that comes first."""
+        comes_first = self._triple_fault or self._injected is not None or self._nmi_injected
+        return self._interrupt is not None and not self._interrupt_is_soft and not comes_first
+
+    def take_interrupt(self) -> int:
+        """Take the external interrupt that waits, and return its vector."""
+        assert self._interrupt is not None
+        vector, self._interrupt = self._interrupt, None
+        return vector
+
     def next_event(self) -> Event | None:
         """Take the event that the processor delivers next; None when nothing (more) waits.
 
@@ -121,7 +133,7 @@ class EventQueue:
         vector, payload = exception.vector, exception.payload
         if vector in _SOFT_EXCEPTIONS:
             return_rip = self._words[RIP] + self.instruction_length & MASK64
-            return Event(vector, EventKind.SOFTWARE, return_rip=return_rip)
+            return Event(vector, EventKind.SOFTWARE_EXCEPTION, return_rip=return_rip)
         return Event(
             vector,
             error_code=exception.error_code,

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 from lasskvm.emulator.branches import undo_near_branch
 from lasskvm.emulator.completion import next_rip
 from lasskvm.emulator.decode import fetch_instruction, is_read_modify_write, is_stack_access
-from lasskvm.emulator.events import Event, deliver_event
+from lasskvm.emulator.events import Event
 from lasskvm.emulator.execution import (
     deliver_breakpoint,
     emulate_instruction,
     is_implemented,
     skip_forced_emulation_prefix,
 )
-from lasskvm.emulator.faults import GuestFault, Unhandleable
+from lasskvm.emulator.faults import EptFault, GuestFault, Unhandleable
 from lasskvm.emulator.linearize import linear_address
 from lasskvm.emulator.mmu import next_linear, translate
 from lasskvm.emulator.modes import linear_address_bits
@@ -27,8 +27,9 @@ from lasskvm.engine import context as c
 from lasskvm.engine.engine import EngineExit
 from lasskvm.lass import FETCH, IMPLICIT, WRITE
 from lasskvm.memory import PAGE_SIZE
-from lasskvm.state import CPL, DR6, RFLAGS, RIP
+from lasskvm.state import CPL, DR6, EPT_FAULT_GPA, EPT_OUTCOME, RFLAGS, RIP
 from lasskvm.x86.address import is_canonical
+from lasskvm.x86.ept import EPT_EXIT
 from lasskvm.x86.exceptions import DB, GP, NM, NP, PF, PF_W, SS, TS, UD, has_error_code
 from lasskvm.x86.registers import CS, DR6_BS, DR6_FIXED, RFLAGS_TF
 
@@ -51,14 +52,19 @@ def _memory_fault(vcpu: Vcpu, engine_exit: EngineExit) -> None:
     """A fault that the TLB fill found and native delivery left to us: say exactly what it is, and deliver it."""
     words = vcpu.state.words
     vector, error_code, address = engine_exit.vector, engine_exit.error_code, engine_exit.address
+    ept_fault = words[EPT_FAULT_GPA], words[EPT_OUTCOME]
     if engine_exit.flags & FETCH:
         if _runs_up_to_next_page(vcpu, address) or deliver_breakpoint(vcpu.emulation):
             return
         if vector == GP and not is_canonical(address, linear_address_bits(words)):
             undo_near_branch(vcpu.emulation, vcpu.engine.last_block)
-    elif not engine_exit.flags & IMPLICIT:
+    elif vector != EPT_EXIT and not engine_exit.flags & IMPLICIT:
         vector, error_code = _classify(vcpu, vector, error_code, address, bool(engine_exit.flags & WRITE))
-    _deliver(vcpu, Event(vector, error_code=error_code, cr2=address if vector == PF else None))
+    if vector == EPT_EXIT:
+        # Looking at the code may have left another one there.
+        words[EPT_FAULT_GPA], words[EPT_OUTCOME] = ept_fault
+        raise EptFault(address)
+    vcpu.deliver(Event(vector, error_code=error_code, cr2=address if vector == PF else None))
 
 
 def _classify(vcpu: Vcpu, vector: int, error_code: int, address: int, write: bool) -> tuple[int, int]:
@@ -118,7 +124,6 @@ def _exception(vcpu: Vcpu, engine_exit: EngineExit) -> None:
 
     Where it refuses an instruction, the emulator has the last word: it executes it, or finds the exact fault.
     """
-    words = vcpu.state.words
     vector = engine_exit.vector
     if vector == DB:
         _debug_exception(vcpu)
@@ -126,7 +131,7 @@ def _exception(vcpu: Vcpu, engine_exit: EngineExit) -> None:
     if vector in _REFUSALS and _emulate_refused(vcpu, engine_exit):
         return
     error_code = engine_exit.error_code if has_error_code(vector) else None
-    deliver_event(words, vcpu.vm.memory, Event(vector, error_code=error_code))
+    vcpu.deliver(Event(vector, error_code=error_code))
 
 
 def _emulate_refused(vcpu: Vcpu, engine_exit: EngineExit) -> bool:
@@ -159,7 +164,7 @@ def _debug_exception(vcpu: Vcpu) -> None:
     if vcpu.debugger.has_breakpoints:
         vcpu.debugger.undo_dr6()
         dr6 = vcpu.debugger.filter_debug_trap(dr6)
-    _deliver(vcpu, Event(DB, dr6=dr6))
+    vcpu.deliver(Event(DB, dr6=dr6))
 
 
 def _emulate(vcpu: Vcpu, engine_exit: EngineExit) -> None:
@@ -183,10 +188,6 @@ def _fetch_from_hole(vcpu: Vcpu, engine_exit: EngineExit) -> None:
         f"instruction fetch from guest-physical {engine_exit.address:#x}, where there is no memory "
         f"(RIP {words[RIP]:#x}, CPL {words[CPL]})"
     )
-
-
-def _deliver(vcpu: Vcpu, event: Event) -> None:
-    deliver_event(vcpu.state.words, vcpu.vm.memory, event)
 
 
 _HANDLERS: dict[int, Callable[[Vcpu, EngineExit], None]] = {

@@ -12,11 +12,11 @@ import errno
 import time
 from typing import TYPE_CHECKING
 
-from lasskvm.emulator.events import Event, EventKind, deliver_event
+from lasskvm.emulator.events import Event, EventKind
 from lasskvm.emulator.execution import emulate_instruction
 from lasskvm.emulator.faults import DebugReport, TripleFault, Unhandleable
 from lasskvm.emulator.mmio import MmioReadNeeded
-from lasskvm.emulator.msrs import MsrAccessNeeded, guest_tsc
+from lasskvm.emulator.msrs import MsrAccessNeeded, visible_tsc
 from lasskvm.emulator.port_io import PortAccessNeeded
 from lasskvm.engine import context as c
 from lasskvm.engine.engine import EngineExit
@@ -131,6 +131,7 @@ class Vcpu(ReportingVcpu):
         self.state.reset()
         self._drop_what_is_pending()
         self.devices.reset()
+        self.nested.reset()
 
     def _drop_what_is_pending(self) -> None:
         self.drop_last_exit()
@@ -176,7 +177,8 @@ class Vcpu(ReportingVcpu):
         self.at_checkpoint = False
         self.debugger.enter()
         try:
-            self._take_answer()
+            with self.nested.vm_exits():
+                self._take_answer()
             return self._run()
         except PortAccessNeeded as needed:
             return self._port_exit(needed.access)
@@ -208,28 +210,32 @@ class Vcpu(ReportingVcpu):
                 return self._mmio_write_exit()
             if self._stepped:
                 return self._step_exit()
-            if self.init_pending:
+            if self.init_pending and not self.nested.blocks_init:
                 self._take_init()
             if self._immediate_exit:
                 return IntrExit()
             if is_late:
                 return self._end_of_slice()
             self.vm.clock.run_due()
-            if self.init_pending:
+            if self.init_pending and not self.nested.blocks_init:
                 continue
-            wanted = self._inject_events()
-            if self.emulation.halted or self._waits_for_startup:
-                idle = self._idle(skips)
-                if idle is not None:
-                    return idle
-                skips += 1
-                slice_end = min(slice_end, self._slice_end())
-            elif self.debugger.singlestep:
-                self._single_step()
-            elif self._is_interpreted():
-                self._interpret(min(interpreted_end, self._interpreted_blocks_at(slice_end)), wanted)
-            else:
-                self._execute(slice_end, wanted)
+            with self.nested.vm_exits():
+                wanted = self._inject_events()
+                if self.emulation.halted or self._waits_for_startup:
+                    idle = self._idle(skips)
+                    if idle is not None:
+                        return idle
+                    skips += 1
+                    slice_end = min(slice_end, self._slice_end())
+                elif self.debugger.singlestep:
+                    self._stepped = True
+                    self._step()
+                elif self.nested.is_stepping:
+                    self._step()
+                elif self._is_interpreted():
+                    self._interpret(min(interpreted_end, self._interpreted_blocks_at(slice_end)), wanted)
+                else:
+                    self._execute(slice_end, wanted)
             if (self.executed_blocks if virtual else time.monotonic_ns()) >= slice_end:
                 break
             if self.interpreter.blocks >= interpreted_end or self._port_accesses_are_used_up():
@@ -288,14 +294,14 @@ class Vcpu(ReportingVcpu):
         else:
             blocks = min(blocks, _HOST_POLL_INTERPRETED_BLOCKS)
         interpreter.want_interrupt_window = wanted
-        interpreter.want_nmi_window = self.events.nmi_pending
+        interpreter.want_nmi_window = self.events.nmi_pending or self.nested.wants_nmi_window
         interpreter.run(max(1, blocks), self._is_interpreted)
 
-    def _single_step(self) -> None:
-        """Execute one instruction for the VMM's debugger."""
+    def _step(self) -> None:
+        """Execute one instruction: for the VMM's debugger, or for a hypervisor that traps each one."""
         self._enter_interpreter()
         self.interpreter.step()
-        self._stepped = True
+        self.nested.stepped()
 
     def _execute(self, slice_end: int, wanted: bool) -> None:
         """Let direct execution run the guest, and deal with its exit."""
@@ -318,7 +324,9 @@ class Vcpu(ReportingVcpu):
         clock, engine = self.vm.clock, self.engine
         deadline = clock.next_deadline()
         skipped = clock.skipped_ns if isinstance(clock, VirtualClock) else 0
-        programmed = deadline, slice_end, skipped, self.emulation.msrs.tsc_offset, self.interpreter.blocks
+        l2_offset = 0 if self.nested.non_root is None else self.nested.non_root.tsc_offset
+        offset = self.emulation.msrs.tsc_offset + l2_offset
+        programmed = deadline, slice_end, skipped, offset, self.interpreter.blocks
         if programmed == self._programmed:
             return
         self._programmed = programmed
@@ -332,7 +340,7 @@ class Vcpu(ReportingVcpu):
             if deadline is not None:
                 host_end = min(slice_end, time.monotonic_ns() + deadline - clock.now())
             engine.stop_at_host_time(host_end, _HOST_POLL_BLOCKS)
-        engine.set_time_stamp(guest_tsc(self.emulation), NANOSECONDS_PER_BLOCK)
+        engine.set_time_stamp(visible_tsc(self.emulation), NANOSECONDS_PER_BLOCK)
 
     # ------------------------------------------------------------------------------------------------ events
 
@@ -341,29 +349,27 @@ class Vcpu(ReportingVcpu):
 
         Returns whether another interrupt waits for a window in which the guest takes it.
         """
+        if self.nested.non_root is not None:
+            return self.nested.boundary()
         words, events = self.state.words, self.events
         while events.waiting:
             event = events.next_event()
             if event is not None:
-                self._deliver(event)
+                self.deliver(event)
         if events.nmi_pending and not words[NMI_BLOCKED] and not words[INTERRUPT_SHADOW]:
             events.nmi_pending = False
-            self._deliver(Event(NMI, EventKind.NMI))
+            self.deliver(Event(NMI, EventKind.NMI))
         chips = self.vm.irqchip
         if chips is None or not chips.has_interrupt():
             return False
         if not words[RFLAGS] & RFLAGS_IF or words[INTERRUPT_SHADOW]:
             return True
-        self._deliver(Event(chips.acknowledge(), EventKind.EXTERNAL))
+        self.deliver(Event(chips.acknowledge(), EventKind.EXTERNAL))
         return chips.has_interrupt()
-
-    def _deliver(self, event: Event) -> None:
-        self.emulation.halted = False
-        deliver_event(self.state.words, self.vm.memory, event)
 
     def _idle(self, skips: int) -> Exit | None:
         """Pass the time of a halted guest; an exit when the VMM has to."""
-        interrupts_enabled = bool(self.state.words[RFLAGS] & RFLAGS_IF)
+        interrupts_enabled = bool(self.state.words[RFLAGS] & RFLAGS_IF) or self.nested.interrupts_exit
         if self.vm.irqchip is None:
             # Without an irqchip the VMM decides what wakes the guest: the next run goes on behind HLT.
             self.emulation.halted = False

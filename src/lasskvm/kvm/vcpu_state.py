@@ -16,12 +16,14 @@ from lasskvm.emulator.faults import GuestFault
 from lasskvm.emulator.interpreter import Interpreter
 from lasskvm.emulator.mmu import translate
 from lasskvm.emulator.msrs import MsrFile, guest_tsc, read_msr, write_msr
+from lasskvm.engine import context as c
 from lasskvm.engine.engine import Engine
 from lasskvm.engine.fpu_access import FpuAccess
 from lasskvm.kvm import registers
 from lasskvm.kvm.events import EventQueue
 from lasskvm.kvm.guest_debug import GuestDebugger
 from lasskvm.kvm.irqchip.lapic import LocalApic
+from lasskvm.kvm.nested import NestedOperation
 from lasskvm.kvm.port_time import TimedPorts
 from lasskvm.kvm.structures import (
     GuestDebug,
@@ -33,6 +35,7 @@ from lasskvm.kvm.structures import (
     VcpuEvents,
 )
 from lasskvm.kvm.vcpu_devices import VcpuDevices
+from lasskvm.kvm.vcpu_events import InterruptibleVcpu
 from lasskvm.kvm.vcpu_extended import ExtendedRegisters
 from lasskvm.kvm.vendor import VendorOps, vendor_ops
 from lasskvm.lass import INVLPG
@@ -70,7 +73,7 @@ _SIPI_SELECTOR_SHIFT = 8
 _NO_NESTED = "the soft provider offers no nested virtualization yet"
 
 
-class StatefulVcpu(ExtendedRegisters):
+class StatefulVcpu(ExtendedRegisters, InterruptibleVcpu):
     """The part of :class:`~lasskvm.kvm.vcpu.Vcpu` that holds its state.
 
     Its CPUID is that of the CPU model ``max`` until :meth:`set_cpuid2` says otherwise.
@@ -89,6 +92,7 @@ class StatefulVcpu(ExtendedRegisters):
         #: The vCPU waits for a startup message, as an application processor does behind INIT.
         self._waits_for_startup = False
         self.devices = VcpuDevices(self.state.words, vm, self._guest_tsc, self)
+        self.nested = NestedOperation(self)
         self._use_cpuid(parse_cpu("max").entries())
 
     def _guest_tsc(self) -> int:
@@ -131,10 +135,12 @@ class StatefulVcpu(ExtendedRegisters):
         self.emulation = Emulation(self.state.words, vm.memory, table, MsrFile(table), vm.clock.now)
         if former is not None:
             self.emulation.fpu, self.emulation.msrs = former.fpu, former.msrs
-            self.emulation.msrs.cpuid = table
+            self.emulation.msrs.use_cpuid(table)
         self.emulation.forced_emulation = vm.forced_emulation
         self.devices.use_cpuid(table)
         self.devices.attach(self.emulation)
+        self.nested.use_cpuid(table)
+        self.nested.attach(self.emulation)
         self.interpreter = Interpreter(self.emulation)
         ports = TimedPorts(vm.ports, self.interpreter.spend, unanswered=True)
         self.emulation.read_port, self.emulation.write_port = ports.read, ports.write
@@ -158,7 +164,7 @@ class StatefulVcpu(ExtendedRegisters):
         self.emulation.translate = engine.translate
         self.emulation.fpu = FpuAccess(engine, self.emulation.fpu)
         engine.transmitter = self.vm.transmitter
-        engine.filters_msrs = self.vm.msr_filter is not None
+        self.apply_intercepts()
         engine.set_features(tuple(feature_word(self.cpuid, place) for place in FEATURE_WORDS))
 
     def is_lass_violation(self, address: int, size: int, flags: int) -> bool:
@@ -247,8 +253,12 @@ class StatefulVcpu(ExtendedRegisters):
         """Take the MSR filter that the VM has now."""
         wanted = self.vm.msr_filter
         self.emulation.msr_permission = None if wanted is None else wanted.allows
+        self.apply_intercepts()
+
+    def apply_intercepts(self) -> None:
+        """Tell direct execution what it is to leave to the emulator."""
         if self._engine is not None:
-            self._engine.filters_msrs = wanted is not None
+            self.nested.equip(self._engine, c.LEAVE_MSRS if self.vm.msr_filter is not None else 0)
 
     # ------------------------------------------------------------------------------------------- events and the rest
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lasskvm.x86.vmx_exits import ExitReason
 
-__all__ = ["NestedExit"]
+__all__ = ["NestedExit", "VmExit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +32,11 @@ class NestedExit:
     guest_physical_address: int = 0
     idt_vectoring_information: int = 0
     idt_vectoring_error_code: int = 0
+
+
+class VmExit(Exception):
+    """L2 exits to L1 with *record*. The state words are as the exit is to show them."""
+
+    def __init__(self, record: NestedExit) -> None:
+        self.record = record
+        super().__init__(record.reason.name)

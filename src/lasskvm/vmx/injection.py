@@ -24,7 +24,7 @@ _EVENT_KINDS = {
     vmx.INTR_TYPE_HARD_EXCEPTION: EventKind.EXCEPTION,
     vmx.INTR_TYPE_SOFT_INTR: EventKind.SOFTWARE,
     vmx.INTR_TYPE_PRIV_SW_EXCEPTION: EventKind.EXCEPTION,
-    vmx.INTR_TYPE_SOFT_EXCEPTION: EventKind.SOFTWARE,
+    vmx.INTR_TYPE_SOFT_EXCEPTION: EventKind.SOFTWARE_EXCEPTION,
 }
 #: Events of instructions that are complete: the handler returns behind them.
 _INSTRUCTION_EVENTS = (

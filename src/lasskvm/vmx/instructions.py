@@ -32,6 +32,7 @@ from lasskvm.emulator.operands import (
 )
 from lasskvm.memory import PAGE_MASK
 from lasskvm.state import CR0, CR4, CR4_ALLOWED, INTERRUPT_SHADOW, MAXPHYADDR, RFLAGS, TLB_FLUSH, Words
+from lasskvm.vmx.control_register_shadows import written_in_guest, written_in_root
 from lasskvm.vmx.entry_checks import check_controls_and_host_state, is_valid_eptp
 from lasskvm.vmx.nested import NestedVmx
 from lasskvm.vmx.vmcs import VMCS12_REVISION, Vmcs12, VmFailValid, revision_id
@@ -121,6 +122,16 @@ class VmxInstructions:
             flags = _fail(self.nested, failure.error)
         ctx.words[RFLAGS] = ctx.words[RFLAGS] & ~RFLAGS_ARITHMETIC | flags
         complete(ctx, decoded)
+
+    def written_control_register(self, words: Words, number: int, value: int) -> int:
+        """What MOV of *value* to CR0 or CR4 writes, in or out of VMX operation; #GP(0) as :class:`GuestFault`."""
+        nested = self.nested
+        if nested.in_guest:
+            assert nested.current is not None
+            return written_in_guest(nested.current, nested.capabilities, words, number, value)
+        if nested.in_vmx_operation:
+            return written_in_root(nested.capabilities, number, value)
+        return value
 
     def _check_recognized(self, words: Words, mnemonic: int) -> None:
         """#UD in real, virtual-8086 and compatibility mode, and where the instruction is not available."""

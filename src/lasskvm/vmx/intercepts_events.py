@@ -31,6 +31,7 @@ __all__ = [
     "exception_exit",
     "intercept_exception",
     "interrupt_exit",
+    "may_intercept_page_faults",
     "software_exception_exit",
 ]
 
@@ -49,6 +50,14 @@ def intercept_exception(vector: int, error_code: int | None, vmcs: Vmcs12) -> bo
         return selected
     masked = (error_code or 0) & vmcs[VmcsField.PAGE_FAULT_ERROR_CODE_MASK]
     return selected == (masked == vmcs[VmcsField.PAGE_FAULT_ERROR_CODE_MATCH])
+
+
+def may_intercept_page_faults(vmcs: Vmcs12) -> bool:
+    """Whether there is an error code whose #PF causes a VM exit."""
+    mask, match = vmcs[VmcsField.PAGE_FAULT_ERROR_CODE_MASK], vmcs[VmcsField.PAGE_FAULT_ERROR_CODE_MATCH]
+    if vmcs[VmcsField.EXCEPTION_BITMAP] >> PF & 1:
+        return not match & ~mask
+    return bool(mask or match)
 
 
 def exception_exit(words: Words, fault: GuestFault, vmcs: Vmcs12) -> NestedExit | None:

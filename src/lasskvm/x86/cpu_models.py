@@ -61,7 +61,7 @@ def _names(text: str) -> frozenset[str]:
 SUPPORTED: frozenset[str] = _names("""
     fpu de pse tsc msr pae cx8 apic sep mtrr pge cmov pat pse36 clflush mmx fxsr sse sse2
     pni pclmulqdq ssse3 cx16 pcid sse4_1 sse4_2 x2apic movbe popcnt tsc_deadline_timer aes xsave hypervisor
-    arat
+    arat vmx
     fsgsbase tsc_adjust smep erms invpcid adx smap umip pku la57 rdpid cldemote pks fsrm serialize lass lam
     xsaveopt xgetbv1
     kvmclock kvm_nopiodelay kvmclock2 kvmclock_stable_bit
@@ -77,7 +77,7 @@ SUPPORTED: frozenset[str] = _names("""
 #: - Where the TSC never stops, Linux prefers it to kvm-clock; QEMU leaves the feature to be asked for, too.
 _ON_REQUEST = _names("la57 erms fsrm serialize pks lam nonstop_tsc")
 #: What no AMD processor has. (The TSC deadline and TSC_ADJUST, which they lack as well, KVM gives to their guests.)
-_INTEL_ONLY = _names("lass lam pks cldemote serialize")
+_INTEL_ONLY = _names("vmx lass lam pks cldemote serialize")
 
 #: What a feature cannot be without: one or more others.
 _NEEDS: dict[str, str] = {
@@ -86,7 +86,7 @@ _NEEDS: dict[str, str] = {
     "xsave": "sse", "xsaveopt": "xsave", "xgetbv1": "xsave",
     "pse36": "pse", "nx": "pae", "lm": "pae", "syscall": "lm", "lahf_lm": "lm", "pdpe1gb": "lm",
     "la57": "lm", "lass": "lm", "lam": "lm", "pcid": "lm", "fsgsbase": "lm", "pku": "lm", "pks": "lm",
-    "mtrr": "msr", "rdtscp": "tsc", "nonstop_tsc": "tsc", "tsc_adjust": "tsc",
+    "mtrr": "msr", "vmx": "msr pae", "rdtscp": "tsc", "nonstop_tsc": "tsc", "tsc_adjust": "tsc",
     "x2apic": "apic", "arat": "apic", "tsc_deadline_timer": "apic tsc",
     "kvmclock": "hypervisor tsc", "kvmclock2": "hypervisor tsc", "kvmclock_stable_bit": "hypervisor tsc",
     "kvm_nopiodelay": "hypervisor",

@@ -39,6 +39,7 @@ from lasskvm.x86.vmx_exits import EptViolation, ExitReason
 __all__ = [
     "EPT_A",
     "EPT_D",
+    "EPT_EXIT",
     "EPT_MISCONFIGURATION",
     "EPT_PS",
     "EPT_R",
@@ -80,6 +81,9 @@ _QUALIFICATION = 0xFFF
 EPT_VIOLATION = ExitReason.EPT_VIOLATION << _REASON_SHIFT
 #: An entry holds what no entry may hold. It has no qualification.
 EPT_MISCONFIGURATION = ExitReason.EPT_MISCONFIG << _REASON_SHIFT
+
+#: Where functions return the vector of a fault: the access ends in a VM exit, by EPT. No vector is this large.
+EPT_EXIT = 1 << 9
 
 #: Bits 5:3 of the qualification: what all levels together allow.
 _QUALIFICATION_RIGHTS_SHIFT = 3

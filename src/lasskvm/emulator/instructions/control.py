@@ -96,12 +96,12 @@ def _int(ctx: Emulation, decoded: Decoded) -> None:
 def _int3(ctx: Emulation, decoded: Decoded) -> None:
     if ctx.debugger is not None and ctx.debugger.reports_int3:
         raise DebugReport(BP)
-    _deliver_software_event(ctx, decoded, BP, EventKind.SOFTWARE)
+    _deliver_software_event(ctx, decoded, BP, EventKind.SOFTWARE_EXCEPTION)
 
 
 def _into(ctx: Emulation, decoded: Decoded) -> None:
     if ctx.words[RFLAGS] & RFLAGS_OF:
-        _deliver_software_event(ctx, decoded, OF, EventKind.SOFTWARE)
+        _deliver_software_event(ctx, decoded, OF, EventKind.SOFTWARE_EXCEPTION)
     else:
         complete(ctx, decoded)
 
@@ -130,7 +130,7 @@ def _bound(decoded: Decoded) -> Executor:
 
 def _deliver_software_event(ctx: Emulation, decoded: Decoded, vector: int, kind: EventKind) -> None:
     event = Event(vector, kind, return_rip=next_rip(ctx.words, decoded))
-    deliver_event(ctx.words, ctx.memory, event)
+    deliver_event(ctx.words, ctx.memory, event, ctx.non_root)
 
 
 def _syscall(ctx: Emulation, decoded: Decoded) -> None:

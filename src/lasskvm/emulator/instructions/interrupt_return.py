@@ -73,7 +73,8 @@ _VIRTUAL_8086_POPS = (ES, DS, FS, GS)
 
 def _iret(ctx: Emulation, decoded: Decoded) -> None:
     words = ctx.words
-    words[NMI_BLOCKED] = 0
+    if ctx.non_root is None or ctx.non_root.iret_unblocks_nmis:
+        words[NMI_BLOCKED] = 0
     size = decoded.instruction.op_code().operand_size // 8
     if in_real_mode(words):
         _return_real(ctx, size, _REAL_MODE_FLAGS)

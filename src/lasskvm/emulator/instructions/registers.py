@@ -17,8 +17,8 @@ from lasskvm.emulator import control
 from lasskvm.emulator.completion import Handler, complete, require_cpl0
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.decode import Decoded
-from lasskvm.emulator.faults import general_protection, invalid_opcode
-from lasskvm.emulator.msrs import MsrAccessNeeded, guest_tsc, read_msr, write_msr
+from lasskvm.emulator.faults import general_protection, invalid_opcode, raise_linear_fault
+from lasskvm.emulator.msrs import MsrAccessNeeded, read_msr, visible_tsc, write_msr
 from lasskvm.emulator.operands import (
     read_operand,
     read_register,
@@ -41,11 +41,13 @@ from lasskvm.state import (
     Words,
 )
 from lasskvm.x86.msr import APIC_BASE_ENABLE
-from lasskvm.x86.registers import CR4_OSXSAVE, CR4_PKE, CR4_TSD, CR4_UMIP, MASK32
+from lasskvm.x86.registers import CR0_TS, CR4_OSXSAVE, CR4_PKE, CR4_TSD, CR4_UMIP, MASK32
 
 __all__ = ["BY_CODE", "HANDLERS", "finish_rdmsr"]
 
 _CR_WORDS = {0: CR0, 2: CR2, 3: CR3, 4: CR4, 8: CR8}
+#: Those of which a nested guest may read something else than they hold.
+_SHADOWED = (0, 4, 8)
 _MASK16 = 0xFFFF
 
 
@@ -56,7 +58,7 @@ def _mov(ctx: Emulation, decoded: Decoded) -> None:
     if Register.CR0 <= destination <= Register.CR15:
         _mov_to_cr(ctx, destination - Register.CR0, read_register(ctx.words, source))
     elif Register.CR0 <= source <= Register.CR15:
-        write_register(ctx.words, destination, _mov_from_cr(ctx.words, source - Register.CR0))
+        write_register(ctx.words, destination, _mov_from_cr(ctx, source - Register.CR0))
     elif Register.DR0 <= destination <= Register.DR15:
         number = _debug_register_number(destination)
         with _guest_debug_registers(ctx):
@@ -74,24 +76,39 @@ def _mov_to_cr(ctx: Emulation, number: int, value: int) -> None:
         raise invalid_opcode()
     require_cpl0(words)
     if number == 0:
-        control.set_cr0(words, ctx.memory, value)
+        _write_cr0(ctx, value)
     elif number == 2:
         words[CR2] = value
     elif number == 3:
-        if control.set_cr3(words, ctx.memory, value):
-            raise general_protection()
+        raise_linear_fault(control.set_cr3(words, ctx.memory, value), 0, 0)
     elif number == 4:
-        control.set_cr4(words, ctx.memory, value)
-    else:
+        control.set_cr4(words, ctx.memory, _written(ctx, 4, value))
+    elif ctx.non_root is None or not ctx.non_root.write_task_priority(value):
         control.set_cr8(words, value)
         ctx.task_priority_written()
 
 
-def _mov_from_cr(words: Words, number: int) -> int:
+def _write_cr0(ctx: Emulation, value: int) -> None:
+    control.set_cr0(ctx.words, ctx.memory, _written(ctx, 0, value))
+
+
+def _written(ctx: Emulation, number: int, value: int) -> int:
+    """What is written to CR0 or CR4 when software writes *value*: in VMX operation, some bits are not software's."""
+    return value if ctx.vmx is None else ctx.vmx.written_control_register(ctx.words, number, value)
+
+
+def _mov_from_cr(ctx: Emulation, number: int) -> int:
     if number not in _CR_WORDS:
         raise invalid_opcode()
-    require_cpl0(words)
-    return words[_CR_WORDS[number]]
+    require_cpl0(ctx.words)
+    return _visible(ctx, number)
+
+
+def _visible(ctx: Emulation, number: int) -> int:
+    """What software reads from a control register."""
+    if ctx.non_root is not None and number in _SHADOWED:
+        return ctx.non_root.visible_control_register(ctx.words, number)
+    return ctx.words[_CR_WORDS[number]]
 
 
 def _guest_debug_registers(ctx: Emulation) -> AbstractContextManager[object]:
@@ -107,13 +124,13 @@ def _debug_register_number(register: int) -> int:
 
 def _clts(ctx: Emulation, decoded: Decoded) -> None:
     require_cpl0(ctx.words)
-    control.clear_task_switched(ctx.words)
+    ctx.words[CR0] = _written(ctx, 0, ctx.words[CR0] & ~CR0_TS)
     complete(ctx, decoded)
 
 
 def _lmsw(ctx: Emulation, decoded: Decoded) -> None:
     require_cpl0(ctx.words)
-    control.load_machine_status_word(ctx.words, ctx.memory, read_operand(ctx, decoded, 0))
+    _write_cr0(ctx, control.with_machine_status_word(ctx.words[CR0], read_operand(ctx, decoded, 0)))
     complete(ctx, decoded)
 
 
@@ -121,7 +138,7 @@ def _smsw(ctx: Emulation, decoded: Decoded) -> None:
     if ctx.words[CR4] & CR4_UMIP:
         require_cpl0(ctx.words)
     # Memory gets 16 bits, a register as much of CR0 as it holds.
-    write_operand(ctx, decoded, 0, ctx.words[CR0])
+    write_operand(ctx, decoded, 0, _visible(ctx, 0))
     complete(ctx, decoded)
 
 
@@ -151,13 +168,13 @@ def _wrmsr(ctx: Emulation, decoded: Decoded) -> None:
 
 def _rdtsc(ctx: Emulation, decoded: Decoded) -> None:
     _check_time_stamp_disable(ctx.words)
-    _write_edx_eax(ctx.words, guest_tsc(ctx))
+    _write_edx_eax(ctx.words, visible_tsc(ctx))
     complete(ctx, decoded)
 
 
 def _rdtscp(ctx: Emulation, decoded: Decoded) -> None:
     _check_time_stamp_disable(ctx.words)
-    _write_edx_eax(ctx.words, guest_tsc(ctx))
+    _write_edx_eax(ctx.words, visible_tsc(ctx))
     ctx.words[RCX] = ctx.words[TSC_AUX] & MASK32
     complete(ctx, decoded)
 
