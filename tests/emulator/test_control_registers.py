@@ -192,7 +192,7 @@ def test_lmsw_sets_pe_and_cannot_clear_it() -> None:
 def test_clts_clears_only_ts(guest: Guest) -> None:
     before = guest.words[CR0]
     guest.words[CR0] |= CR0_TS
-    guest.run("clts")
+    guest.run("0f 06")
     assert guest.words[CR0] == before
 
 

@@ -30,6 +30,7 @@ from lasskvm.state import (
     DR0,
     DR7,
     EFER,
+    EPTP,
     GDT_BASE,
     GDT_LIMIT,
     IDT_LIMIT,
@@ -85,7 +86,7 @@ def test_opcode_and_implicit_accesses(rng: random.Random) -> None:
         code = bytes(rng.choices(prefixes, k=rng.randrange(4))) + bytes((rng.choice(opcodes),))
         code += rng.choice((b"\x00", b"\x02", b"\x03", b"\xb2", b"\x1f", b"\x2b", b"\xa1"))
         twins = Twins(rng, bytes(0x1000) + code.ljust(64, b"\x00"))
-        mode = {CR0: CR0_PE, CR4: rng.choice((0, CR4_SMAP)), EFER: 0, RIP: 0x1000, CPL: 0, RFLAGS: 2}
+        mode = {CR0: CR0_PE, CR4: rng.choice((0, CR4_SMAP)), EFER: 0, EPTP: 0, RIP: 0x1000, CPL: 0, RFLAGS: 2}
         twins.set_words(mode | {segment_word(CS, BASE): 0, segment_word(CS, ATTRIBUTES): AR_CODE64})
         for state, env in zip(twins.states, twins.envs, strict=True):
             private.load_state(env, state.words)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from emulator_guest import MAPPED, Guest
+from emulator_guest import MAPPED
 from hypervisor_guest import (
     DATA,
     FAIL_INVALID,
@@ -28,6 +28,8 @@ from lasskvm.emulator.faults import GuestFault, Unhandleable
 from lasskvm.emulator.msrs import read_msr
 from lasskvm.state import CPL, CR0, CR3, CR4, MAXPHYADDR, RBX, RCX, RFLAGS, RIP
 from lasskvm.vmx.vmcs import VMCS12_REVISION, Vmcs12
+from lasskvm.x86.cpu_models import parse_cpu
+from lasskvm.x86.cpuid import CpuidTable
 from lasskvm.x86.exceptions import DB, GP, UD
 from lasskvm.x86.msr import MSR_IA32_FEATURE_CONTROL
 from lasskvm.x86.paging import PTE_P, PTE_PS, PTE_W
@@ -68,7 +70,7 @@ def ready_for(source: str) -> Hypervisor:
 @pytest.mark.parametrize("source", ALL)
 def test_without_vmx_in_cpuid_they_are_undefined(source: str) -> None:
     l1 = ready_for(source)
-    l1.ctx.cpuid = Guest().cpuid
+    l1.ctx.cpuid = CpuidTable(parse_cpu("max,-vmx").entries())
     assert l1.vmx_fault(in_64_bits(source)) == (UD, None)
 
 
