@@ -216,7 +216,7 @@ def test_vm_functions_and_the_hypercall_of_the_other_vendor_are_undefined_in_l2(
 def test_an_instruction_that_the_processor_lacks_is_undefined_and_not_intercepted(
     l2: L2, source: str
 ) -> None:
-    l2.use_cpuid(CpuidTable(parse_cpu("max,-rdtscp").entries()))
+    l2.use_cpuid(CpuidTable(parse_cpu("max,-rdtscp,-vmx").entries()))
     assert l2.fault_before_exit(source) == (UD, None)
 
 

@@ -135,10 +135,11 @@ class Emulation:
     ``msr_permission`` is the VM's MSR filter, if it has one, and ``debugger`` that of the VMM.
     ``hypercall`` answers VMCALL and VMMCALL, which are #UD without it. ``vmx`` executes the other VMX instructions, #UD
     without it, too, and ``sgx`` the leaf functions of ENCLS. ``non_root`` is there while a nested guest runs.
-    ``task_priority_written`` is called behind each MOV to CR8, for the local APIC.
+    ``task_priority_written`` is called behind each MOV to CR8, for the local APIC. ``stepping`` says that somebody has
+    a look at the guest behind each instruction, and behind each element of a repeated one.
     """
 
-    words: Words
+    words: memoryview[int]
     memory: GuestMemory
     cpuid: CpuidTable
     msrs: MsrFile
@@ -161,4 +162,5 @@ class Emulation:
     sgx: SgxHandler | None = None
     non_root: NonRoot | None = None
     task_priority_written: Callable[[], None] = _nobody
+    stepping: bool = False
     decoded: Decoded | None = None

@@ -30,6 +30,7 @@ from lasskvm.x86.vmx_fields import VmcsField
 
 __all__ = [
     "check_controls_and_host_state",
+    "check_tpr_shadow",
     "entry_control_violations",
     "execution_control_violations",
     "exit_control_violations",
@@ -72,6 +73,13 @@ def check_controls_and_host_state(
         raise VmFailValid(VmInstructionError.ENTRY_INVALID_CONTROL_FIELD, violation)
     for violation in host_state_violations(vmcs, capabilities, words):
         raise VmFailValid(VmInstructionError.ENTRY_INVALID_HOST_STATE_FIELD, violation)
+
+
+def check_tpr_shadow(vmcs: Vmcs12, memory: GuestMemory, words: Words) -> None:
+    """The part of :func:`check_controls_and_host_state` that depends on memory."""
+    if vmcs[VmcsField.CPU_BASED_VM_EXEC_CONTROL] & vmx.CPU_BASED_TPR_SHADOW:
+        for violation in _tpr_shadow_violations(vmcs, memory, words):
+            raise VmFailValid(VmInstructionError.ENTRY_INVALID_CONTROL_FIELD, violation)
 
 
 def secondary_controls(vmcs: Vmcs12) -> int:

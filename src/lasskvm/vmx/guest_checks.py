@@ -68,6 +68,7 @@ from lasskvm.x86.vmx_fields import VmcsField
 __all__ = [
     "GuestStateViolation",
     "check_guest_state",
+    "check_volatile_guest_state",
     "descriptor_table_violations",
     "link_pointer_violations",
     "nmi_violations",
@@ -117,10 +118,22 @@ def check_guest_state(
     *memory* is L1's, where the VMCS link pointer and, without EPT, CR3 point to; *current_gpa* is the address of *vmcs*
     in it. Nothing is changed. The controls have been checked.
     """
+    lasting = (
+        register_violations(vmcs, capabilities, words),
+        segment_violations(vmcs, words),
+        descriptor_table_violations(vmcs, words),
+    )
+    for violations in lasting:
+        for reason in violations:
+            return GuestStateViolation(VmEntryFailure.DEFAULT, reason)
+    return check_volatile_guest_state(vmcs, capabilities, memory, words, current_gpa)
+
+
+def check_volatile_guest_state(
+    vmcs: Vmcs12, capabilities: VmxCapabilities, memory: GuestMemory, words: Words, current_gpa: int
+) -> GuestStateViolation | None:
+    """The part of :func:`check_guest_state` about what changes while a guest runs, or depends on memory."""
     groups = (
-        (VmEntryFailure.DEFAULT, register_violations(vmcs, capabilities, words)),
-        (VmEntryFailure.DEFAULT, segment_violations(vmcs, words)),
-        (VmEntryFailure.DEFAULT, descriptor_table_violations(vmcs, words)),
         (VmEntryFailure.DEFAULT, rip_and_rflags_violations(vmcs, words)),
         (VmEntryFailure.DEFAULT, non_register_violations(vmcs, capabilities)),
         (VmEntryFailure.NMI, nmi_violations(vmcs)),

@@ -9,6 +9,9 @@ Source: Intel SDM volume 3C, 27.3.2 (loading guest state), 27.7.1 and 27.7.2 (in
 
 from __future__ import annotations
 
+from array import array
+from operator import and_, itemgetter
+
 from lasskvm import state as s
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.delivery import EXCEPTION, EXTERNAL, SOFTWARE, pushed_flags
@@ -48,12 +51,6 @@ _REGISTER_FIELDS = {
     VmcsField.GUEST_SYSENTER_ESP: s.SYSENTER_ESP,
     VmcsField.GUEST_SYSENTER_EIP: s.SYSENTER_EIP,
 }
-#: Fields that are loaded and saved as they are, but for the bits of :func:`_kept_bits`, and their state words.
-_PLAIN_FIELDS = _REGISTER_FIELDS | {
-    field: segment_word(number, part)
-    for number, fields in enumerate(SEGMENT_FIELDS)
-    for part, field in enumerate(fields)
-}
 _BASES_OF_32_BITS = (VmcsField.GUEST_ES_BASE, VmcsField.GUEST_SS_BASE, VmcsField.GUEST_DS_BASE)
 
 
@@ -66,8 +63,15 @@ def _kept_bits(field: VmcsField) -> int:
     return (1 << 8 * FIELD_BYTES[field_width(field)]) - 1
 
 
-#: The same as encoding, state word and bits: a VM exit takes as long as there are lines here.
-_PLAIN = tuple((int(field), word, _kept_bits(field)) for field, word in _PLAIN_FIELDS.items())
+# Fields that are loaded and saved as they are, but for the bits of _kept_bits(): in bulk, because a VM exit takes as
+# long as there are lines here. Segment registers are one run of state words, behind the other registers.
+_SEGMENTS = slice(s.SEGMENTS, s.SEGMENTS + s.SEGMENT_WORDS * len(SEGMENT_FIELDS))
+_PLAIN_FIELDS = (*_REGISTER_FIELDS, *(field for fields in SEGMENT_FIELDS for field in fields))
+_PLAIN_KEYS = tuple(map(int, _PLAIN_FIELDS))
+_PLAIN_BITS = tuple(map(_kept_bits, _PLAIN_FIELDS))
+_REGISTER_WORDS = tuple(_REGISTER_FIELDS.values())
+_plain_values = itemgetter(*_PLAIN_KEYS)
+_register_words = itemgetter(*_REGISTER_WORDS)
 _LDTR_BASE, _LDTR_ATTRIBUTES = segment_word(r.LDTR, s.BASE), segment_word(r.LDTR, s.ATTRIBUTES)
 _SS_ATTRIBUTES = segment_word(r.SS, s.ATTRIBUTES)
 
@@ -120,8 +124,10 @@ def load_guest_state(ctx: Emulation, vmcs: Vmcs12) -> None:
     pdptes = guest_pdptes(vmcs, ctx.memory)
     words[s.CR0] = words[s.CR0] & CR0_UNCHANGED | vmcs[VmcsField.GUEST_CR0] & ~CR0_UNCHANGED
     words[s.RFLAGS] = vmcs[VmcsField.GUEST_RFLAGS]
-    for field, word, bits in _PLAIN:
-        words[word] = vmcs.fields[field] & bits
+    values = list(map(and_, _plain_values(vmcs.fields), _PLAIN_BITS))
+    words[_SEGMENTS] = array("Q", values[len(_REGISTER_WORDS) :])
+    for word, value in zip(_REGISTER_WORDS, values, strict=False):
+        words[word] = value
     words[s.CPL] = (words[_SS_ATTRIBUTES] & r.AR_DPL) >> r.AR_DPL_SHIFT
     if words[_LDTR_ATTRIBUTES] & r.AR_UNUSABLE:
         # Nobody has looked at the field, and the register is always canonical.
@@ -179,8 +185,8 @@ def save_guest_state(ctx: Emulation, vmcs: Vmcs12, record: NestedExit, pending_d
     words = ctx.words
     vmcs[VmcsField.GUEST_CR0] = words[s.CR0]
     vmcs[VmcsField.GUEST_RFLAGS] = _saved_rflags(words, record)
-    for field, word, bits in _PLAIN:
-        vmcs.fields[field] = words[word] & bits
+    values = (*_register_words(words), *words[_SEGMENTS])
+    vmcs.fields.update(zip(_PLAIN_KEYS, map(and_, values, _PLAIN_BITS), strict=True))
     # The privilege level is SS.DPL to VMX, whatever SYSRET has left in the register.
     ss_rights = vmcs[VmcsField.GUEST_SS_AR_BYTES] & ~r.AR_DPL
     vmcs[VmcsField.GUEST_SS_AR_BYTES] = ss_rights | words[s.CPL] << r.AR_DPL_SHIFT

@@ -5,11 +5,12 @@ Source: Intel SDM volume 3C, 28.5 (loading host state), 28.7 (VMX aborts); KVM's
 
 from __future__ import annotations
 
+from array import array
+
 from lasskvm import state as s
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.control import load_pdptes
 from lasskvm.emulator.faults import TripleFault
-from lasskvm.state import Words, segment_word
 from lasskvm.vmx.guest_state import CR0_UNCHANGED, uses_pae_paging
 from lasskvm.vmx.vmcs import Vmcs12
 from lasskvm.x86 import registers as r
@@ -35,15 +36,17 @@ _REGISTER_FIELDS = {
     VmcsField.HOST_IA32_SYSENTER_ESP: s.SYSENTER_ESP,
     VmcsField.HOST_IA32_SYSENTER_EIP: s.SYSENTER_EIP,
 }
-#: Data segments: the first of their state words, the selector, and the base of those whose base is not 0.
-_DATA_SEGMENTS = (
-    (segment_word(r.ES, s.SELECTOR), VmcsField.HOST_ES_SELECTOR, None),
-    (segment_word(r.SS, s.SELECTOR), VmcsField.HOST_SS_SELECTOR, None),
-    (segment_word(r.DS, s.SELECTOR), VmcsField.HOST_DS_SELECTOR, None),
-    (segment_word(r.FS, s.SELECTOR), VmcsField.HOST_FS_SELECTOR, VmcsField.HOST_FS_BASE),
-    (segment_word(r.GS, s.SELECTOR), VmcsField.HOST_GS_SELECTOR, VmcsField.HOST_GS_BASE),
+#: Selector and base of each segment register, ES to TR, where there are fields for them.
+_SEGMENTS = (
+    (VmcsField.HOST_ES_SELECTOR, None),
+    (VmcsField.HOST_CS_SELECTOR, None),
+    (VmcsField.HOST_SS_SELECTOR, None),
+    (VmcsField.HOST_DS_SELECTOR, None),
+    (VmcsField.HOST_FS_SELECTOR, VmcsField.HOST_FS_BASE),
+    (VmcsField.HOST_GS_SELECTOR, VmcsField.HOST_GS_BASE),
+    (None, None),
+    (VmcsField.HOST_TR_SELECTOR, VmcsField.HOST_TR_BASE),
 )
-_CS, _TR, _LDTR = (segment_word(number, s.SELECTOR) for number in (r.CS, r.TR, r.LDTR))
 
 
 class VmxAborted(TripleFault):
@@ -87,26 +90,21 @@ def load_host_state(ctx: Emulation, vmcs: Vmcs12) -> None:
         raise VmxAborted(VmxAbort.HOST_PDPTE_FAIL)
 
 
-def _load_segments(words: Words, vmcs: Vmcs12, ia32e: bool) -> None:
+def _load_segments(words: memoryview[int], vmcs: Vmcs12, ia32e: bool) -> None:
     """Segments without descriptors: of most registers only the selector is given (28.5.2)."""
     code = r.AR_CODE64 if ia32e else r.AR_CODE32
-    _set(words, _CS, vmcs[VmcsField.HOST_CS_SELECTOR], 0, _FLAT_LIMIT, code)
-    words[s.CPL] = 0
-    for first, selector_field, base_field in _DATA_SEGMENTS:
-        selector = vmcs[selector_field]
-        base = 0 if base_field is None else vmcs[base_field]
-        if selector:
-            _set(words, first, selector, base, _FLAT_LIMIT, r.AR_DATA)
+    values = array("Q")
+    for selector_field, base_field in _SEGMENTS:
+        selector = 0 if selector_field is None else vmcs.fields[selector_field]
+        base = 0 if base_field is None else vmcs.fields[base_field]
+        if selector_field == VmcsField.HOST_CS_SELECTOR:
+            values.extend((selector, 0, _FLAT_LIMIT, code))
+        elif selector_field == VmcsField.HOST_TR_SELECTOR:
+            values.extend((selector, base, _TSS_LIMIT, r.AR_TSS64_BUSY))
+        elif selector:
+            values.extend((selector, base, _FLAT_LIMIT, r.AR_DATA))
         else:
             # 64-bit software uses the bases of FS and GS without segments, and the manual has them loaded.
-            _set(words, first, 0, base, 0, r.AR_UNUSABLE)
-    selector, base = vmcs[VmcsField.HOST_TR_SELECTOR], vmcs[VmcsField.HOST_TR_BASE]
-    _set(words, _TR, selector, base, _TSS_LIMIT, r.AR_TSS64_BUSY)
-    _set(words, _LDTR, 0, 0, 0, r.AR_UNUSABLE)
-
-
-def _set(words: Words, first: int, selector: int, base: int, limit: int, attributes: int) -> None:
-    words[first + s.SELECTOR] = selector
-    words[first + s.BASE] = base
-    words[first + s.LIMIT] = limit
-    words[first + s.ATTRIBUTES] = attributes
+            values.extend((0, base, 0, r.AR_UNUSABLE))
+    words[s.SEGMENTS : s.SEGMENTS + s.SEGMENT_WORDS * len(_SEGMENTS)] = values
+    words[s.CPL] = 0

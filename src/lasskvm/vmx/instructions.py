@@ -14,7 +14,7 @@ KVM's ``handle_vmxon()``, ``nested_vmx_run()`` and their neighbours, ``nested_vm
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from iced_x86 import Mnemonic
 
@@ -33,8 +33,9 @@ from lasskvm.emulator.operands import (
 from lasskvm.memory import PAGE_MASK
 from lasskvm.state import CR0, CR4, CR4_ALLOWED, INTERRUPT_SHADOW, MAXPHYADDR, RFLAGS, TLB_FLUSH, Words
 from lasskvm.vmx.control_register_shadows import written_in_guest, written_in_root
-from lasskvm.vmx.entry_checks import check_controls_and_host_state, is_valid_eptp
+from lasskvm.vmx.entry_checks import is_valid_eptp
 from lasskvm.vmx.nested import NestedVmx
+from lasskvm.vmx.repeated_checks import RepeatedChecks
 from lasskvm.vmx.vmcs import VMCS12_REVISION, Vmcs12, VmFailValid, revision_id
 from lasskvm.x86 import vmx
 from lasskvm.x86.address import is_canonical, linear_bits
@@ -99,6 +100,7 @@ class VmxInstructions:
 
     nested: NestedVmx
     enter_guest: EnterGuest = _no_way_into_a_guest
+    checks: RepeatedChecks = field(default_factory=RepeatedChecks)
 
     def execute(self, ctx: Emulation, decoded: Decoded) -> None:
         """Execute one of the instructions and complete it; raises :class:`GuestFault` with nothing changed.
@@ -155,7 +157,7 @@ class VmxInstructions:
             raise VmFailValid(VmInstructionError.VMLAUNCH_NONCLEAR_VMCS)
         if not launch and not vmcs.launched:
             raise VmFailValid(VmInstructionError.VMRESUME_NONLAUNCHED_VMCS)
-        check_controls_and_host_state(vmcs, self.nested.capabilities, ctx.memory, ctx.words)
+        self.checks.controls_and_host_state(vmcs, self.nested.capabilities, ctx.memory, ctx.words)
         self.enter_guest(ctx, launch)
 
 

@@ -14,6 +14,8 @@ Source: Intel SDM volume 3C, chapter 27 (VM entries) from 27.3.2, chapter 28 (VM
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from lasskvm.emulator.context import Emulation
 from lasskvm.state import EFER, NMI_BLOCKED
 from lasskvm.vmx.capabilities import VmxCapabilities
@@ -30,6 +32,22 @@ from lasskvm.x86.vmx_exits import EXIT_REASON_FAILED_VMENTRY, ExitReason
 from lasskvm.x86.vmx_fields import VmcsField
 
 __all__ = ["enter_guest", "fail_entry", "leave_guest", "record_exit"]
+
+#: The VM-exit information fields, and what of a record goes into them.
+_RECORDED = {
+    VmcsField.VM_EXIT_REASON: "reason",
+    VmcsField.EXIT_QUALIFICATION: "qualification",
+    VmcsField.GUEST_LINEAR_ADDRESS: "guest_linear_address",
+    VmcsField.GUEST_PHYSICAL_ADDRESS: "guest_physical_address",
+    VmcsField.VM_EXIT_INTR_INFO: "interruption_information",
+    VmcsField.VM_EXIT_INTR_ERROR_CODE: "interruption_error_code",
+    VmcsField.IDT_VECTORING_INFO_FIELD: "idt_vectoring_information",
+    VmcsField.IDT_VECTORING_ERROR_CODE: "idt_vectoring_error_code",
+    VmcsField.VM_EXIT_INSTRUCTION_LEN: "instruction_length",
+    VmcsField.VMX_INSTRUCTION_INFO: "instruction_information",
+}
+_EXIT_FIELDS = tuple(map(int, _RECORDED))
+_record_values = attrgetter(*_RECORDED.values())
 
 
 def enter_guest(ctx: Emulation, vmcs: Vmcs12, capabilities: VmxCapabilities) -> bool:
@@ -103,16 +121,7 @@ def leave_guest(
 
 def record_exit(vmcs: Vmcs12, record: NestedExit) -> None:
     """Fill in the VM-exit information fields (28.2)."""
-    vmcs[VmcsField.VM_EXIT_REASON] = record.reason
-    vmcs[VmcsField.EXIT_QUALIFICATION] = record.qualification
-    vmcs[VmcsField.GUEST_LINEAR_ADDRESS] = record.guest_linear_address
-    vmcs[VmcsField.GUEST_PHYSICAL_ADDRESS] = record.guest_physical_address
-    vmcs[VmcsField.VM_EXIT_INTR_INFO] = record.interruption_information
-    vmcs[VmcsField.VM_EXIT_INTR_ERROR_CODE] = record.interruption_error_code
-    vmcs[VmcsField.IDT_VECTORING_INFO_FIELD] = record.idt_vectoring_information
-    vmcs[VmcsField.IDT_VECTORING_ERROR_CODE] = record.idt_vectoring_error_code
-    vmcs[VmcsField.VM_EXIT_INSTRUCTION_LEN] = record.instruction_length
-    vmcs[VmcsField.VMX_INSTRUCTION_INFO] = record.instruction_information
+    vmcs.fields.update(zip(_EXIT_FIELDS, _record_values(record), strict=True))
 
 
 def _update_entry_controls(ctx: Emulation, vmcs: Vmcs12) -> None:
