@@ -11,7 +11,7 @@ from lasskvm.x86.registers import CR4_LAM_SUP, CR4_LASS, CR4_OSXSAVE, CR4_PKE
 
 EAX, EBX, ECX, EDX = range(4)
 NOTHING = (0, 0, 0, 0)
-INTEL_ONLY = {"lass", "lam", "pks", "cldemote", "serialize"}
+INTEL_ONLY = {"lass", "lam", "pks", "cldemote", "serialize", "sgx", "sgx1", "sgx_lc"}
 
 
 def table(cpu: str) -> CpuidTable:

@@ -130,7 +130,7 @@ def test_every_feature_bit_fits_its_register() -> None:
 
 
 #: Offered when asked for: they make a guest slower, or hardly any guest expects them.
-ON_REQUEST = {"la57", "erms", "fsrm", "serialize", "pks", "lam", "nonstop_tsc"}
+ON_REQUEST = {"la57", "erms", "fsrm", "serialize", "pks", "lam", "sgx", "sgx1", "sgx_lc", "nonstop_tsc"}
 
 
 def test_max_offers_lass_and_everything_supported_but_what_slows_a_guest_down() -> None:

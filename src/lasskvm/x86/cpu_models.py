@@ -59,11 +59,12 @@ def _names(text: str) -> frozenset[str]:
 
 #: Features this VMM virtualizes.
 SUPPORTED: frozenset[str] = _names("""
-    fpu de pse tsc msr pae cx8 apic sep mtrr pge cmov pat pse36 clflush mmx fxsr sse sse2
+    fpu vme de pse tsc msr pae cx8 apic sep mtrr pge cmov pat pse36 clflush mmx fxsr sse sse2
     pni pclmulqdq ssse3 cx16 pcid sse4_1 sse4_2 x2apic movbe popcnt tsc_deadline_timer aes xsave hypervisor
     arat vmx
     fsgsbase tsc_adjust smep erms invpcid adx smap umip pku la57 rdpid cldemote pks fsrm serialize lass lam
     xsaveopt xgetbv1
+    sgx sgx1 sgx_lc
     kvmclock kvm_nopiodelay kvmclock2 kvmclock_stable_bit
     syscall nx pdpe1gb rdtscp lm lahf_lm 3dnowprefetch nonstop_tsc wbnoinvd""")
 #: Supported, but only on request:
@@ -74,10 +75,11 @@ SUPPORTED: frozenset[str] = _names("""
 #: - SERIALIZE leaves direct execution; what kernels use in its place does not.
 #: - Kernels have no use for protection keys of supervisor pages.
 #: - Hardly any processor has LAM yet.
+#: - SGX needs an enclave page cache.
 #: - Where the TSC never stops, Linux prefers it to kvm-clock; QEMU leaves the feature to be asked for, too.
-_ON_REQUEST = _names("la57 erms fsrm serialize pks lam nonstop_tsc")
+_ON_REQUEST = _names("la57 erms fsrm serialize pks lam sgx sgx1 sgx_lc nonstop_tsc")
 #: What no AMD processor has. (The TSC deadline and TSC_ADJUST, which they lack as well, KVM gives to their guests.)
-_INTEL_ONLY = _names("vmx lass lam pks cldemote serialize")
+_INTEL_ONLY = _names("vmx lass lam pks cldemote serialize sgx sgx1 sgx_lc")
 
 #: What a feature cannot be without: one or more others.
 _NEEDS: dict[str, str] = {
@@ -89,8 +91,10 @@ _NEEDS: dict[str, str] = {
     "mtrr": "msr", "vmx": "msr pae", "rdtscp": "tsc", "nonstop_tsc": "tsc", "tsc_adjust": "tsc",
     "x2apic": "apic", "arat": "apic", "tsc_deadline_timer": "apic tsc",
     "kvmclock": "hypervisor tsc", "kvmclock2": "hypervisor tsc", "kvmclock_stable_bit": "hypervisor tsc",
-    "kvm_nopiodelay": "hypervisor",
+    "kvm_nopiodelay": "hypervisor", "sgx": "msr", "sgx1": "sgx", "sgx_lc": "sgx",
 }  # fmt: skip
+#: Features that are of no use without each other: asking for one asks for all.
+_TOGETHER = (_names("sgx sgx1 sgx_lc"),)
 
 _INTEL, _AMD = "GenuineIntel", "AuthenticAMD"
 #: Vendors whose processors have the leaves of AMD's.
@@ -279,10 +283,11 @@ def list_models() -> tuple[CpuModel, ...]:
 def parse_cpu(text: str) -> CpuModel:
     """The model described by ``MODEL[,+FEATURE|,-FEATURE]...``; the last word on a feature counts.
 
-    Taking a feature away takes away what needs it (``-sse2`` also removes ``ssse3``); asking for a feature without
-    what it needs raises :class:`CpuFeatureError`, and so do unknown models, unknown features, features that this VMM
-    does not virtualize, and those of Intel on a processor of AMD. LASS without SMAP is allowed: it then checks
-    fetches and user-mode accesses only.
+    Taking a feature away takes away what needs it (``-sse2`` also removes ``ssse3``); ``sgx``, ``sgx1`` and ``sgx_lc``
+    come together, unless one is taken away. Asking for a feature without what it needs raises
+    :class:`CpuFeatureError`, and so do unknown models, unknown features, features that this VMM does not virtualize,
+    and those of Intel on a processor of AMD. LASS without SMAP is allowed: it then checks fetches and user-mode
+    accesses only.
 
     >>> "lass" in parse_cpu("max,-lass").features, parse_cpu("max,+la57").linear_address_bits
     (False, 57)
@@ -314,9 +319,10 @@ def parse_cpu(text: str) -> CpuModel:
                 f"leave it out or take another model: {', '.join(_models_with(feature))}"
             )
         wanted[feature] = sign == "+"
-    added = {feature for feature, on in wanted.items() if on}
+    requested = {feature for feature, on in wanted.items() if on}
+    added = requested.union(*(group - wanted.keys() for group in _TOGETHER if group & requested))
     features = (model.features | added) - (wanted.keys() - added)
-    return replace(model, name=text, features=_complete(frozenset(features), added))
+    return replace(model, name=text, features=_complete(frozenset(features), requested))
 
 
 def _models_with(feature: str) -> list[str]:
