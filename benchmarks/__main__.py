@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import boot, emulator, engine, guest, machines, unit, verify
+from benchmarks import boot, emulator, engine, guest, machines, nested, unit, verify
 from benchmarks.context import Context
 from benchmarks.rows import BenchmarkError, Row
 from benchmarks.table import notes, render
@@ -34,6 +34,7 @@ BENCHMARKS: dict[str, Callable[[Context], list[Row]]] = {
     "guest": guest.run,
     "engine": engine.run,
     "emulator": emulator.run,
+    "nested": nested.run,
     "verify": verify.run,
 }
 

@@ -171,15 +171,33 @@ def until(shared_folder: Path) -> Until:
     """
 
     def run(name: str, text: str, *words: str) -> str:
-        with locked(shared_folder):
-            if not any(image.is_intact() for image in ImageCache().images(name)):
-                try:
-                    pull(name, progress=print)
-                except LassKvmError as error:
-                    give_up(f"no {name} to start: {error}")
+        pull_if_missing(name, shared_folder)
         return output_until(text, [sys.executable, "-m", "lasskvm", "run", name, *words])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def lasskvm_image(shared_folder: Path) -> LassKvm:
+    """A function that runs ``lasskvm run`` with an image of Debian's, by its name, and more words.
+
+    The image is pulled if there is none.
+    """
+
+    def run(name: str, *words: str | Path) -> Run:
+        pull_if_missing(name, shared_folder)
+        return run_lasskvm(name, *words)
+
+    return run
+
+
+def pull_if_missing(name: str, shared_folder: Path) -> None:
+    with locked(shared_folder):
+        if not any(image.is_intact() for image in ImageCache().images(name)):
+            try:
+                pull(name, progress=print)
+            except LassKvmError as error:
+                give_up(f"no {name} to start: {error}")
 
 
 def output_until(text: str, command: list[str]) -> str:

@@ -86,6 +86,7 @@ def test_pulled_images_are_listed(cli: Cli, host: Path) -> None:
     assert (image["name"], image["version"], image["suite"]) == ("debian", RELEASE, "forky")
     assert Path(image["kernel"]).is_file()
     assert Path(image["busybox"]).read_bytes() == b"busybox"
+    assert image["modules"] == []
     assert image["packages"] == {KERNEL_PACKAGE: "7.2.13-1", "busybox-static": "1.38"}
 
 

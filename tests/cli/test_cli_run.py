@@ -187,7 +187,7 @@ def test_an_unknown_image_name_is_told_the_known_ones(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "give a kernel file or debian, seabios, memtest86+" in refused(cli("run", "debain"))
+    assert "give a kernel file or debian, debian-kvm, seabios, memtest86+" in refused(cli("run", "debain"))
 
 
 def test_an_image_that_was_not_pulled_is_told_how(cli: Cli, empty_cache: Path) -> None:

@@ -174,6 +174,59 @@ def test_event_of_a_fault_carries_everything(guest: Guest) -> None:
     assert Event.of_fault(GuestFault(DB, dr6=DR6_BS)).dr6 == DR6_BS
 
 
+class Intercepted(Exception):
+    """Somebody wants to see the event instead of its delivery."""
+
+
+class Watch:
+    """Keeps what it is asked about; intercepts exception *intercepted* where it comes up during a delivery."""
+
+    def __init__(self, intercepted: int | None = None) -> None:
+        self.asked: list[tuple[int, int | None]] = []
+        self.intercepted = intercepted
+
+    def before_event(self, event: Event, vectoring: Event | None) -> None:
+        self.asked.append((event.vector, None if vectoring is None else vectoring.vector))
+        if vectoring is not None and event.vector == self.intercepted:
+            raise Intercepted
+
+
+def test_watch_sees_a_page_fault_before_it_becomes_a_double_fault(user: Guest) -> None:
+    """A hypervisor with shadow paging needs that: the second page fault is its own doing, not its guest's."""
+    user.store(TSS + TSS64_RSP0, 8, RING0_STACK)
+    user.unmap(RING0_STACK - 8)
+    user.set_gate(DF, handler(DF), ist=1)
+    fault, watch = Event(PF, error_code=4, cr2=0x77), Watch(intercepted=PF)
+    with pytest.raises(Intercepted):
+        deliver_event(user.words, user.memory, fault, watch)
+    assert watch.asked == [(PF, None), (PF, PF)]
+    watch = Watch()
+    deliver_event(user.words, user.memory, fault, watch)
+    assert watch.asked == [(PF, None), (PF, PF), (DF, PF)]
+    assert user.words[RIP] == handler(DF)
+
+
+def test_watch_sees_an_exception_before_it_becomes_a_triple_fault(guest: Guest) -> None:
+    guest.set_gate(DF, CODE, attributes=ABSENT)
+    watch = Watch()
+    with pytest.raises(TripleFault):
+        deliver_event(guest.words, guest.memory, Event(DF, error_code=0), watch)
+    assert watch.asked == [(DF, None), (NP, DF)]
+
+
+def test_watch_is_asked_once_about_what_is_delivered_by_itself(guest: Guest) -> None:
+    guest.set_gate(UD, CODE, attributes=ABSENT)
+    watch = Watch()
+    deliver_event(guest.words, guest.memory, Event(UD), watch)
+    assert watch.asked == [(UD, None), (NP, UD)]
+
+
+def test_watch_is_not_asked_about_what_it_injects(guest: Guest) -> None:
+    watch = Watch()
+    deliver_event(guest.words, guest.memory, Event(UD), watch, injected=True)
+    assert watch.asked == []
+
+
 def test_nested_exceptions_always_end(guest: Guest) -> None:
     guest.unmap(IDT)
     for vector in range(32):

@@ -13,10 +13,9 @@ from legacy_modes import (
     run,
 )
 
-from lasskvm.emulator.faults import GuestFault, Unhandleable
+from lasskvm.emulator.faults import GuestFault
 from lasskvm.state import (
     CPL,
-    CR4,
     INTERRUPT_SHADOW,
     RFLAGS,
     RIP,
@@ -24,8 +23,6 @@ from lasskvm.state import (
 )
 from lasskvm.x86.exceptions import DB, GP
 from lasskvm.x86.registers import (
-    CR4_PVI,
-    CR4_VME,
     RFLAGS_AC,
     RFLAGS_CF,
     RFLAGS_DF,
@@ -150,14 +147,3 @@ def test_real_mode_needs_no_iopl(guest: Guest) -> None:
     enter_real_mode(guest)
     run(guest, STI)
     assert guest.words[RFLAGS] & RFLAGS_IF
-
-
-def test_virtual_interrupt_flag_is_not_implemented(guest: Guest) -> None:
-    guest.enter_user()
-    guest.words[CR4] |= CR4_PVI
-    with pytest.raises(Unhandleable, match="PVI"):
-        guest.run(CLI)
-    enter_virtual_8086_mode(guest, iopl=0)
-    guest.words[CR4] |= CR4_VME
-    with pytest.raises(Unhandleable, match="VME"):
-        run(guest, CLI)

@@ -29,7 +29,6 @@ from legacy_modes import enter_compatibility_mode, enter_real_mode, enter_virtua
 from lasskvm.emulator.faults import GuestFault, Unhandleable
 from lasskvm.state import (
     CPL,
-    CR4,
     GDT_BASE,
     INTERRUPT_SHADOW,
     NMI_BLOCKED,
@@ -49,7 +48,6 @@ from lasskvm.x86.registers import (
     AR_P,
     AR_REAL_MODE,
     AR_UNUSABLE,
-    CR4_VME,
     CS,
     DR6_BS,
     DS,
@@ -450,6 +448,3 @@ def test_virtual_8086_return_keeps_iopl_and_vm(guest: Guest) -> None:
 def test_virtual_8086_monitor_gets_iret_and_int(guest: Guest, code: str, iopl: int) -> None:
     enter_virtual_8086_mode(guest, iopl)
     assert fault_of(guest, code) == (GP, 0)
-    guest.words[CR4] |= CR4_VME
-    with pytest.raises(Unhandleable):
-        run(guest, code)

@@ -9,7 +9,16 @@ from __future__ import annotations
 from functools import lru_cache
 
 import pytest
-from features import access_rights, enclaves, instruction_sets, paging, saved_state, system_registers, timers
+from features import (
+    access_rights,
+    enclaves,
+    instruction_sets,
+    paging,
+    saved_state,
+    system_registers,
+    timers,
+    virtualization,
+)
 from features.probe import Probe, cpu_with, make_guest, prepared, shows
 
 from lasskvm.conformance import layout
@@ -19,7 +28,7 @@ from lasskvm.x86.cpu_models import SUPPORTED, list_models
 
 TABLES = (
     instruction_sets.PROBES, saved_state.PROBES, system_registers.PROBES, paging.PROBES, access_rights.PROBES,
-    timers.PROBES, enclaves.PROBES,
+    timers.PROBES, enclaves.PROBES, virtualization.PROBES,
 )  # fmt: skip
 PROBES: dict[str, Probe] = {name: probe for table in TABLES for name, probe in table.items()}
 #: What lacks a probe fails a test of its own.

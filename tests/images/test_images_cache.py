@@ -131,7 +131,10 @@ def test_a_kernel_file_resolves_to_itself(tmp_path: Path) -> None:
 
 
 def test_neither_a_file_nor_an_image_name_is_refused(tmp_path: Path) -> None:
-    sentence = r"there is no file fedora, nor an image of that name; give a kernel file or debian, seabios, memtest86\+"
+    sentence = (
+        r"there is no file fedora, nor an image of that name; "
+        r"give a kernel file or debian, debian-kvm, seabios, memtest86\+"
+    )
     with pytest.raises(ImageError, match=sentence):
         resolve("fedora", ImageCache(tmp_path))
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import io
+import lzma
 import mmap
 import os
 import re
 import struct
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lasskvm.errors import HostError
-from lasskvm.images import ImageCache, pull_debian, resolve
+from lasskvm.images import ImageCache, pull, pull_debian, resolve
 from lasskvm.images.debian import MINIMUM_KERNEL, newest_kernel_package
 from lasskvm.machine.boot import load_image
 from lasskvm.memory import GuestMemory
 
-KERNEL_PACKAGE = "linux-binary-7.2.13+deb14-cloud-amd64"
+RELEASE = "7.2.13+deb14-cloud-amd64"
+KERNEL_PACKAGE, MODULES_PACKAGE = f"linux-binary-{RELEASE}", f"linux-modules-{RELEASE}"
+MODULES = {
+    "arch/x86/kvm/kvm.ko": b"kvm",
+    "arch/x86/kvm/kvm-intel.ko": b"intel",
+    "arch/x86/kvm/kvm-amd.ko": b"amd",
+    "virt/lib/irqbypass.ko": b"irqbypass",
+}
 PACKAGES = (
     f"linux-binary-unsigned-7.2.13+deb14-cloud-amd64 linux-binary-7.2.9+deb14-cloud-amd64 {KERNEL_PACKAGE}"
 )
@@ -91,6 +100,13 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tools
 
 
+def write_modules(tmp_path: Path, compress: Callable[[bytes], bytes], suffix: str) -> None:
+    files = {
+        f"./usr/lib/modules/{RELEASE}/kernel/{name}{suffix}": compress(data) for name, data in MODULES.items()
+    }
+    write_tar(tmp_path / "debs" / f"{MODULES_PACKAGE}_7.2.13-1.deb", files)
+
+
 def left_in(root: Path) -> list[Path]:
     return [path for path in root.rglob("*") if path.name != "lock"]
 
@@ -107,6 +123,36 @@ def test_a_pull_gets_the_newest_kernel_and_busybox(host: Path, tmp_path: Path) -
     assert image.manifest.packages == {KERNEL_PACKAGE: "7.2.13-1", "busybox-static": "1.38"}
     assert resolve("debian", cache) == image
     assert any("http://mirror.example/debian" in step for step in steps)
+
+
+@pytest.mark.parametrize(("compress", "suffix"), [(lzma.compress, ".xz"), (bytes, "")])
+def test_a_pull_with_kvm_also_gets_its_modules_ready_to_be_loaded(
+    host: Path, tmp_path: Path, compress: Callable[[bytes], bytes], suffix: str
+) -> None:
+    write_modules(tmp_path, compress, suffix)
+    cache = ImageCache(tmp_path / "cache")
+    image = pull("debian-kvm", cache)
+    assert (image.name, image.version) == ("debian-kvm", RELEASE)
+    assert image.path.read_bytes() == make_kernel()
+    assert {path.name: path.read_bytes() for path in image.modules} == {
+        "irqbypass.ko": b"irqbypass", "kvm.ko": b"kvm", "kvm-intel.ko": b"intel",
+    }  # fmt: skip
+    assert image.manifest is not None
+    assert image.manifest.packages[MODULES_PACKAGE] == "7.2.13-1"
+    assert resolve("debian-kvm", cache) == image
+    assert pull("debian", cache).modules == ()
+
+
+def test_a_pull_without_kvm_asks_for_no_modules(host: Path, tmp_path: Path) -> None:
+    pull("debian", ImageCache(tmp_path / "cache"))
+    assert MODULES_PACKAGE not in (tmp_path / "log").read_text()
+
+
+def test_a_damaged_module_is_refused(host: Path, tmp_path: Path) -> None:
+    write_modules(tmp_path, lambda data: b"no xz" + data, ".xz")
+    with pytest.raises(HostError, match=f"{re.escape(MODULES_PACKAGE)}.* is damaged; pull again"):
+        pull("debian-kvm", ImageCache(tmp_path / "cache"))
+    assert left_in(tmp_path / "cache") == []
 
 
 def test_a_pull_keeps_apts_state_to_itself_and_never_switches_signatures_off(

@@ -19,7 +19,7 @@ def test_the_supported_cpuid_has_lass_in_leaf_7_1() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "value"), [(CAP_NR_MEMSLOTS, 32), (CAP_SREGS2, 1), (CAP_NESTED_STATE, 0)]
+    ("capability", "value"), [(CAP_NR_MEMSLOTS, 32), (CAP_SREGS2, 1), (CAP_NESTED_STATE, 128 + 4096)]
 )
 def test_capabilities_are_what_is_there(capability: int, value: int) -> None:
     assert System().check_extension(capability) == value

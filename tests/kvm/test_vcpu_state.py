@@ -283,13 +283,6 @@ def test_a_vcpu_that_is_made_halted_waits_and_one_that_is_made_runnable_goes_on(
     assert vcpu.get_mp_state() is MpState.RUNNABLE
 
 
-def test_nested_state_is_refused_with_a_sentence(vcpu: Vcpu) -> None:
-    for call in (vcpu.get_nested_state, lambda: vcpu.set_nested_state(b"")):
-        number, text = refused(call)
-        assert number == errno.ENOTTY
-        assert "no nested virtualization" in text
-
-
 def test_translate_sees_through_smap_and_lass(guest: Guest) -> None:
     guest.start("nop")
     translate = guest.vcpu.translate

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import signing
@@ -161,7 +162,11 @@ class SgxGuest(Guest):
 
     def _everything(self) -> tuple[object, ...]:
         """State words, EPC, and memory up to the page tables, whose accessed and dirty bits may change."""
-        return self.snapshot(), self.epc.get_state(), self.memory.read(0, PML4)
+        return self.snapshot(), self.epc_state(), self.memory.read(0, PML4)
+
+    def epc_state(self) -> tuple[dict[str, Any], bytes]:
+        """All that is known of the EPC's pages, and what they hold."""
+        return self.epc.get_state(), bytes(self.epc.view)
 
     # ---------------------------------------------------------------------------------------------------- enclaves
 

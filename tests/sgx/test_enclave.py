@@ -15,7 +15,6 @@ from sgx_guest import (
     GENERAL_PROTECTION,
     NONE,
     PAGEINFO,
-    SECRET,
     SIZE,
     TCS_CONTENT,
     ZERO,
@@ -148,12 +147,15 @@ def test_two_enclaves_are_built_side_by_side(guest: SgxGuest) -> None:
 
 
 def test_an_enclave_can_be_saved_while_it_is_built(guest: SgxGuest) -> None:
-    """The EPC goes through a snapshot between two pages; the VM has its secret again."""
+    """The EPC goes through a snapshot between two pages; the secret is part of it."""
     guest.build(PAGES[:2])
-    state = json.loads(json.dumps(guest.epc.get_state()))
+    state = json.loads(json.dumps(guest.encls_unit.get_state()))
+    content = bytes(guest.epc.view)
     guest.epc = Epc(guest.epc.base, guest.epc.size)
-    guest.epc.set_state(state)
-    guest.ctx.sgx = Encls(guest.epc, SECRET)
+    guest.epc.view[:] = content
+    loaded = Encls(guest.epc, b"another secret")
+    loaded.set_state(state)
+    guest.ctx.sgx = loaded
     for number, page in enumerate(PAGES[2:], 3):
         guest.add(number, page)
     guest.allow_signer(SIGNER)

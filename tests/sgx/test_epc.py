@@ -252,6 +252,7 @@ def test_an_epc_restored_from_json_goes_on_as_the_saved_one(epc: Epc):
     epc.next_eid()
     other = Epc(BASE, SIZE)
     other.add(BASE + 9 * PAGE, EpcmEntry(PageType.VA))
+    other.view[:] = bytes(epc.view)
     other.set_state(json.loads(json.dumps(epc.get_state())))
     assert list(other.entries()) == list(epc.entries())
     assert other.read(BASE, SIZE) == epc.read(BASE, SIZE)
@@ -260,8 +261,11 @@ def test_an_epc_restored_from_json_goes_on_as_the_saved_one(epc: Epc):
     assert other.is_tracked(FIRST)
 
 
-def test_free_pages_take_no_room_in_a_state():
+def test_what_pages_hold_is_no_part_of_a_state(epc: Epc):
     assert len(json.dumps(Epc(0, 8 << 20).get_state())) < 200
+    before = epc.get_state()
+    epc.write(FIRST, b"\x33" * PAGE)
+    assert epc.get_state() == before
 
 
 def broken(state: dict[str, Any], index: int, **changes: object) -> dict[str, Any]:
@@ -282,9 +286,6 @@ def test_a_damaged_state_is_refused_and_changes_nothing(epc: Epc):
         broken(state, 1, gpa=SECS),
         broken(state, 1, gpa="x"),
         broken(state, 1, secinfo=0x901),
-        broken(state, 1, content="!"),
-        broken(state, 1, content="AAAA"),
-        broken(state, 1, content=None),
         state | {"pages": [1]},
     ]
     other = Epc(BASE, SIZE)

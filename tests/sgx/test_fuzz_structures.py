@@ -178,7 +178,7 @@ def test_random_bytes_are_no_structure(seed: int) -> None:
     guest = SgxGuest(pages=PAGES)
     guest.build([Page(0, TCS), Page(PAGE, REG_RW)], MODE64BIT | DEBUG)
     guest.version_array(3)
-    before = guest.epc.get_state()
+    before = guest.epc_state()
     for _ in range(40):
         for place, size in ((SECINFO, 64), (SOURCE, PAGE), (SIGSTRUCT, 1808), (TOKEN, 304), (PCMD, 128)):
             guest.write(place, rng.randbytes(size))
@@ -190,7 +190,7 @@ def test_random_bytes_are_no_structure(seed: int) -> None:
                     "MAC_COMPARE_FAIL",
                 )
         assert encls(guest, EnclsLeaf.EINIT, SIGSTRUCT, EPC, TOKEN) == "INVALID_SIG_STRUCT"
-    assert guest.epc.get_state() == before
+    assert guest.epc_state() == before
 
 
 @pytest.mark.parametrize("seed", range(4))

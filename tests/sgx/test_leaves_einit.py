@@ -39,10 +39,10 @@ def einit_outcome(
 ) -> Left:
     """EINIT of the enclave; when it fails the SECS stays as it was."""
     guest.build([CODE], attributes)
-    before = guest.epc.get_state()
+    before = guest.epc_state()
     left = guest.initialize(what, token=token)
     if left.rax:
-        assert guest.epc.get_state() == before
+        assert guest.epc_state() == before
     return left
 
 

@@ -123,9 +123,9 @@ def test_an_eviction_that_is_refused_writes_nothing(enclave: SgxGuest) -> None:
     put_ewb(enclave)
     enclave.write(OUTSIDE, b"\x5a" * PAGE)
     enclave.write(PCMD, b"\xa5" * 128)
-    before = enclave.epc.get_state()
+    before = enclave.epc_state()
     assert enclave.encls(EWB, PAGEINFO, FIRST, SLOT).flags == ZERO
-    assert enclave.epc.get_state() == before
+    assert enclave.epc_state() == before
     assert enclave.read(OUTSIDE, PAGE) == b"\x5a" * PAGE
     assert enclave.read(PCMD, 128) == b"\xa5" * 128
 
@@ -218,9 +218,9 @@ def test_a_changed_page_or_pcmd_does_not_come_back(enclave: SgxGuest, where: int
     evict(enclave, FIRST)
     enclave.write(where, bytes((enclave.read(where, 1)[0] ^ 4,)))
     put_eld(enclave)
-    before = enclave.epc.get_state()
+    before = enclave.epc_state()
     assert enclave.encls(ELDU, PAGEINFO, FIRST, SLOT) == Left(SgxError.MAC_COMPARE_FAIL, ZERO)
-    assert enclave.epc.get_state() == before
+    assert enclave.epc_state() == before
 
 
 def test_what_the_pcmd_says_of_the_enclave_is_only_for_software(enclave: SgxGuest) -> None:

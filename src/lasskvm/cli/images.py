@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LIST_EXAMPLE", "PULL_EXAMPLE", "list_images", "pull"]
 
-PULL_EXAMPLE = """[bold]Examples:[/] Debian's newest cloud kernel, from the mirror this host uses; a memory test
+PULL_EXAMPLE = """[bold]Examples:[/] Debian's newest cloud kernel, from the mirror this host uses; the same with KVM
 
 lasskvm images pull debian
 
-lasskvm images pull memtest86+"""
+lasskvm images pull debian-kvm"""
 LIST_EXAMPLE = """[bold]Example:[/] where is the kernel that `lasskvm run debian` boots?
 
 lasskvm images list --format json"""
@@ -43,12 +43,13 @@ class Format(StrEnum):
 
 @reports_errors
 def pull(
-    name: Annotated[str, typer.Argument(help="The image: debian, seabios or memtest86+.")],
+    name: Annotated[str, typer.Argument(help="The image: debian, debian-kvm, seabios or memtest86+.")],
     suite: Annotated[str, typer.Option(help="The release to take it from.")] = _DEFAULT_SUITE,
 ) -> None:
     """Get an image, from Debian and with signatures checked, into the cache.
 
-    debian is a current kernel and a static busybox, seabios a PC firmware, memtest86+ a memory test.
+    debian is a current kernel and a static busybox, debian-kvm the same with the modules of KVM, seabios a PC
+    firmware, memtest86+ a memory test.
     """
     from lasskvm import images
 
@@ -97,6 +98,7 @@ def _as_json(image: Image) -> dict[str, object]:
         "kernel": _as_text(image.kernel),
         "busybox": _as_text(image.busybox),
         "firmware": _as_text(image.firmware),
+        "modules": [str(module) for module in image.modules],
         "suite": manifest.suite if manifest else None,
         "date": manifest.date if manifest else None,
         "packages": manifest.packages if manifest else {},

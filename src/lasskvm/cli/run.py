@@ -19,6 +19,7 @@ from lasskvm.cli.run_options import (
     CmdlineOption,
     CpuOption,
     DeviceOption,
+    EpcOption,
     FirmwareOption,
     ImageArgument,
     InitrdOption,
@@ -70,7 +71,7 @@ _FROM_DEFAULT = "DEFAULT"
 _BESIDE_LOAD = frozenset(("load", "save", "save_after", "timeout", "stats", "quiet", "help"))
 #: What can be said of a machine that starts in its firmware.
 _BESIDE_FIRMWARE = (_BESIDE_LOAD - {"load"}) | frozenset(
-    ("firmware", "memory", "cpu", "device", "on_reset", "on_shutdown", "clock", "engine", "backend")
+    ("firmware", "memory", "cpu", "epc", "device", "on_reset", "on_shutdown", "clock", "engine", "backend")
 )
 
 
@@ -81,6 +82,7 @@ def run(
     program: ProgramOption = None,
     memory: MemoryOption = _DEFAULT_MEMORY,
     cpu: CpuOption = "max",
+    epc: EpcOption = None,
     append: AppendOption = "",
     cmdline: CmdlineOption = None,
     initrd: InitrdOption = None,
@@ -134,6 +136,7 @@ def run(
         choice = MachineChoice(
             memory=memory,
             cpu=cpu,
+            epc=epc,
             append=append,
             command_line=cmdline,
             initrd=initrd,

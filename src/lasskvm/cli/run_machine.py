@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lasskvm.errors import ImageError
+from lasskvm.cli.sizes import parse_size
+from lasskvm.errors import CpuFeatureError, ImageError
 from lasskvm.kvm import HostClock
 from lasskvm.machine.boot import BootProtocol, Entry, Module, load_firmware, load_image, probe_image
 from lasskvm.machine.optional_devices import DEBUG_CONSOLE, PC_TESTDEV, DeviceRequest, parse_device
 from lasskvm.machine.pc import OnEvent, Pc
-from lasskvm.x86.cpu_models import parse_cpu
+from lasskvm.x86.cpu_models import CpuModel, parse_cpu
 
 if TYPE_CHECKING:
-    from lasskvm.images import Image
+    from lasskvm.images import Image, KernelModules
     from lasskvm.kvm import ExecutionEngine
     from lasskvm.kvm.providers import Provider
     from lasskvm.machine.console import Console
@@ -33,6 +34,8 @@ _EARLY_CONSOLE = "earlyprintk=serial,ttyS0,115200"
 _QUIET = "quiet"
 
 _MIB = 1 << 20
+#: The EPC of a processor with SGX when nobody says how large.
+_DEFAULT_EPC = 8 * _MIB
 _EXECUTABLE_BITS = 0o111
 #: Where SeaBIOS writes what it does.
 _FIRMWARE_CONSOLE = DeviceRequest(DEBUG_CONSOLE, 0x402)
@@ -49,10 +52,15 @@ _LINUX_PROTOCOLS = (BootProtocol.LINUX64, BootProtocol.LINUX32)
 
 @dataclass(frozen=True)
 class MachineChoice:
-    """What a person has chosen. *memory* is in MiB; *command_line* stands in place of the usual words and *append*."""
+    """What a person has chosen.
+
+    *memory* is in MiB, *epc* as :func:`parse_size` takes it; *command_line* stands in place of the usual words and
+    *append*.
+    """
 
     memory: int
     cpu: str
+    epc: str | None = None
     append: str = ""
     command_line: str | None = None
     initrd: Path | None = None
@@ -101,9 +109,10 @@ def _build(choice: MachineChoice, console: Console, firmware: bytes | None = Non
     requests = [parse_device(device) for device in choice.devices]
     if firmware is not None:
         requests.append(_FIRMWARE_CONSOLE)
+    cpu = parse_cpu(choice.cpu)
     return Pc(
         choice.memory * _MIB,
-        parse_cpu(choice.cpu),
+        cpu,
         output=console.write,
         idle=console.idle,
         clock=HostClock() if choice.host_clock else None,
@@ -111,9 +120,27 @@ def _build(choice: MachineChoice, console: Console, firmware: bytes | None = Non
         provider=choice.provider,
         firmware=firmware,
         devices=requests,
+        epc_size=_epc_size(choice, cpu),
         on_reset=choice.on_reset,
         on_shutdown=choice.on_shutdown,
     )
+
+
+def _epc_size(choice: MachineChoice, cpu: CpuModel) -> int:
+    """The bytes of the guest's EPC; 0 without SGX. On /dev/kvm the machine refuses one that is asked for."""
+    has_sgx = "sgx" in cpu.features
+    if choice.epc is None:
+        return _DEFAULT_EPC if has_sgx and choice.provider == "soft" else 0
+    if not has_sgx:
+        raise CpuFeatureError(
+            "--epc is for a processor with SGX; add it with --cpu max,+sgx, or leave --epc out"
+        )
+    size = parse_size(choice.epc, "--epc")
+    if not size:
+        raise CpuFeatureError(
+            "a processor with SGX has an EPC; give --epc a size, such as 8M, or leave +sgx out"
+        )
+    return size
 
 
 def _loader(
@@ -124,7 +151,13 @@ def _loader(
 
     def load(rsdp: int) -> Entry:
         return load_image(
-            kernel, pc.vm.memory, command_line=command_line, initrd=initrd, modules=modules, rsdp=rsdp
+            kernel,
+            pc.vm.memory,
+            command_line=command_line,
+            initrd=initrd,
+            modules=modules,
+            rsdp=rsdp,
+            e820=pc.memory_map,
         ).entry
 
     return load
@@ -149,10 +182,10 @@ def _initrd(choice: MachineChoice, image: Image) -> Path | bytes | None:
     if choice.program:
         path = Path(choice.program[0])
         _check_executable(path)
-        return images.program_initramfs(_busybox(image), path, list(choice.program[1:]))
+        return images.program_initramfs(_busybox(image), path, list(choice.program[1:]), _modules(image))
     if image.busybox is None:
         return None
-    return images.shell_initramfs(_busybox(image))
+    return images.shell_initramfs(_busybox(image), _modules(image))
 
 
 def _busybox(image: Image) -> bytes:
@@ -173,6 +206,13 @@ def _busybox(image: Image) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ImageError(f"{path} cannot be read ({error.strerror}); pull the image again") from error
+
+
+def _modules(image: Image) -> KernelModules | None:
+    """The modules that come with *image*."""
+    from lasskvm import images
+
+    return images.KernelModules(image.version, image.modules) if image.modules else None
 
 
 def _check_executable(program: Path) -> None:

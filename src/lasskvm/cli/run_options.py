@@ -19,6 +19,7 @@ __all__ = [
     "CmdlineOption",
     "CpuOption",
     "DeviceOption",
+    "EpcOption",
     "FirmwareOption",
     "ImageArgument",
     "InitrdOption",
@@ -68,8 +69,8 @@ def _list_cpus(cpu: str) -> str:
 ImageArgument = Annotated[
     str | None,
     typer.Argument(
-        help="A kernel file (bzImage, vmlinux, ELF, multiboot, PVH), or a pulled image: debian, seabios, memtest86+. "
-        "None with --firmware and --load.",
+        help="A kernel file (bzImage, vmlinux, ELF, multiboot, PVH), or a pulled image: debian, debian-kvm, seabios, "
+        "memtest86+. None with --firmware and --load.",
         metavar="IMAGE",
         show_default=False,
     ),
@@ -104,6 +105,14 @@ ModuleOption = Annotated[
         "--module",
         help="A module for a multiboot or PVH kernel, with its arguments; repeatable.",
         metavar="FILE[,ARGS]",
+    ),
+]
+EpcOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for enclaves, a multiple of 4K; for a CPU with +sgx.",
+        show_default="8M with +sgx, else none",
+        metavar="SIZE",
     ),
 ]
 FirmwareOption = Annotated[

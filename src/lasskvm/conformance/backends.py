@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Literal, Protocol, cast
 
 from lasskvm import kvm
+from lasskvm.errors import HostError
 from lasskvm.kvm import ExecutionEngine
 from lasskvm.kvm.exits import Exit, IntrExit
 from lasskvm.kvm.interface import SystemInterface, VcpuInterface, VmInterface
 from lasskvm.kvm.providers import open_system
+from lasskvm.sgx.enumeration import with_epc
 from lasskvm.x86.cpu_models import parse_cpu
 from lasskvm.x86.cpuid import FEATURES, CpuidEntry, CpuidTable
 
@@ -48,6 +50,15 @@ class Backend(Protocol):
     def why_not_forced(self) -> str:
         """Why there is no forced emulation; empty when there is."""
 
+    def why_no_epc(self) -> str:
+        """Why a guest cannot have an enclave page cache here; empty when it can."""
+
+    def give_epc(self, vm: VmInterface, entries: list[CpuidEntry], base: int, size: int) -> list[CpuidEntry]:
+        """Give *vm* an EPC of *size* bytes at gpa *base*; the CPUID *entries* that tell of it.
+
+        Not to be called when :meth:`why_no_epc` has a reason.
+        """
+
     def run(self, vcpu: VcpuInterface, seconds: float) -> Exit | None:
         """Run *vcpu* until an exit that is more than an interruption; None when that takes longer than *seconds*."""
 
@@ -77,6 +88,15 @@ class SoftBackend:
     def why_not_forced(self) -> str:
         """It is always there."""
         return ""
+
+    def why_no_epc(self) -> str:
+        """It always can."""
+        return ""
+
+    def give_epc(self, vm: VmInterface, entries: list[CpuidEntry], base: int, size: int) -> list[CpuidEntry]:
+        """As :meth:`Backend.give_epc`."""
+        assert isinstance(vm, kvm.Vm)
+        return list(with_epc(entries, vm.create_epc(base, size)))
 
     def run(self, vcpu: VcpuInterface, seconds: float) -> Exit | None:
         """As :meth:`Backend.run`; the provider comes back to its VMM by itself from time to time."""
@@ -123,6 +143,14 @@ class HostBackend:
         if value in ("0", "N"):
             return f"forced emulation is switched off; write 1 to {self._parameter} to have it"
         return ""
+
+    def why_no_epc(self) -> str:
+        """An EPC is memory of another device, which this package does not open."""
+        return "this provider does not use /dev/sgx_vepc, so its guests have no enclave page cache"
+
+    def give_epc(self, vm: VmInterface, entries: list[CpuidEntry], base: int, size: int) -> list[CpuidEntry]:
+        """Never called."""
+        raise HostError(self.why_no_epc())
 
     def run(self, vcpu: VcpuInterface, seconds: float) -> Exit | None:
         """As :meth:`Backend.run`; the kernel is interrupted when the time is up."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from lasskvm.conformance import layout
+from lasskvm.conformance.enclaves import Enclaves
+from lasskvm.conformance.nested import Nested
 from lasskvm.conformance.setup import Step
 from lasskvm.x86.exceptions import GP, PF, SS, has_error_code
 from lasskvm.x86.registers import RFLAGS_AC
@@ -34,6 +36,8 @@ __all__ = [
     "refused",
     "shutdown",
     "ss",
+    "vm_exit",
+    "vm_fail",
 ]
 
 #: The label of the instruction under test. The forced emulation prefix goes in front of it.
@@ -74,6 +78,10 @@ class Ending(Enum):
     SHUTDOWN = "shutdown (triple fault)"
     #: KVM_SET_SREGS fails with EINVAL: the program does not start.
     REFUSED = "KVM_SET_SREGS refused with EINVAL"
+    #: L2 exits to L1, or its VM entry fails behind the checks of controls and host state.
+    VM_EXIT = "VM exit"
+    #: VMLAUNCH or VMRESUME ends in VMfailValid.
+    VM_FAIL = "VM entry ends in VMfailValid"
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,8 @@ class Expected:
 
     *rip* is what an event reports, or where the program halts; None: anywhere. *cr2* is None when CR2 stays as it is.
     *effect* None: not looked at. *state* holds registers behind the event by name (those of
-    :func:`lasskvm.conformance.observation.register`), *memory* 64-bit words by linear address.
+    :func:`lasskvm.conformance.observation.register`), *memory* 64-bit words by linear address. *exit_reason* is that of
+    a VM exit.
     """
 
     ending: Ending
@@ -93,6 +102,7 @@ class Expected:
     effect: Effect | None = None
     state: Mapping[str, Value] = field(default_factory=dict)
     memory: Mapping[int, Value] = field(default_factory=dict)
+    exit_reason: int | None = None
 
     def but(
         self,
@@ -149,6 +159,16 @@ def shutdown(**state: Value) -> Expected:
 def refused() -> Expected:
     """KVM_SET_SREGS fails with EINVAL."""
     return Expected(Ending.REFUSED)
+
+
+def vm_exit(reason: int, rip: Value | None = ACCESS, **state: Value) -> Expected:
+    """L2 exits to L1 at *rip* for *reason*, an :class:`~lasskvm.x86.vmx_exits.ExitReason` and its high bits."""
+    return Expected(Ending.VM_EXIT, rip=rip, state=state, exit_reason=reason)
+
+
+def vm_fail(error: int, **state: Value) -> Expected:
+    """The VM entry ends in VMfailValid with VM-instruction *error*; L1 goes on behind VMLAUNCH."""
+    return Expected(Ending.VM_FAIL, state={"vm_instruction_error": error, **state})
 
 
 class Mode(Enum):
@@ -214,11 +234,16 @@ class Case:
     without: frozenset[str] = frozenset()
     #: Levels of page tables.
     levels: int = layout.DEFAULT_LEVELS
+    #: How VMX comes in, where it does: the program is a part of L1, or it is L2.
+    nested: Nested | None = None
+    #: What the EPC holds, for a case with one.
+    sgx: Enclaves | None = None
 
     @property
     def features(self) -> frozenset[str]:
         """All CPUID features that the case needs with LASS on."""
-        wanted = {"smap": self.smap, "smep": self.smep, "lass": self.enabled}
+        lass = self.enabled or (self.nested is not None and self.nested.l1_lass)
+        wanted = {"smap": self.smap, "smep": self.smep, "lass": lass}
         return self.needs | {name for name, needed in wanted.items() if needed}
 
     @property

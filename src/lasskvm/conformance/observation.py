@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lasskvm.conformance.case import ACCESS, Effect, Ending, Expected, Value
 from lasskvm.kvm.structures import Regs, Sregs
@@ -18,6 +18,7 @@ from lasskvm.x86.registers import (
     RFLAGS_TF,
     RFLAGS_ZF,
 )
+from lasskvm.x86.vmx_exits import EXIT_REASON_BASIC, EXIT_REASON_FAILED_VMENTRY, ExitReason
 
 __all__ = ["CR2_UNTOUCHED", "Observed", "describe", "differences", "register", "summary"]
 
@@ -76,6 +77,10 @@ class Observed:
     page: str = ""
     #: None where it was no MMIO.
     mmio_accesses: int | None = None
+    #: That of the VM exit, where one has ended the case.
+    exit_reason: int | None = None
+    #: Fields of L1's VMCS, by their names in lower case, and ``l1_cr4_lass``.
+    fields: Mapping[str, int] = field(default_factory=dict)
 
     def place(self, address: int) -> str:
         """*address*, as a label when it is one's."""
@@ -91,8 +96,11 @@ def register(observed: Observed, name: str) -> int:
 
     ``rax`` to ``r15``; of the interrupted program ``rsp``, ``cs``, ``ss`` and the flags ``ac``, ``cf``, ``zf``, ``tf``,
     ``rf`` and ``if``; of the processor ``cr0``, ``cr4``, ``cr4_lass``, ``efer_lma``, ``gdt_base``, ``idt_base``,
-    ``ldt``, ``ldt_base``, ``tr``, ``fs``, ``gs``, ``ds``, ``es``, ``fs_base``, ``gs_base`` and ``dr6``.
+    ``ldt``, ``ldt_base``, ``tr``, ``fs``, ``gs``, ``ds``, ``es``, ``fs_base``, ``gs_base`` and ``dr6``. With nested
+    virtualization, fields of the VMCS by KVM's names (``exit_qualification``), and L1's ``l1_cr4_lass``.
     """
+    if name in observed.fields:
+        return observed.fields[name]
     if name in _FLAGS:
         return int(bool(observed.rflags & _FLAGS[name]))
     if name in _SPECIAL:
@@ -131,14 +139,18 @@ def differences(expected: Expected, observed: Observed) -> list[str]:
 
 
 def _is_elsewhere(expected: Expected, observed: Observed) -> bool:
-    if expected.rip is None or expected.ending not in (Ending.EVENT, Ending.HALTS):
+    if expected.rip is None or expected.ending not in _AT_A_PLACE:
         return False
     return observed.rip != observed.resolve(expected.rip)
 
 
 def _changed_registers(expected: Expected, observed: Observed) -> list[str]:
-    """An instruction that faults has changed no register; looked at where nothing ran before it."""
-    if expected.ending is not Ending.EVENT or expected.rip != ACCESS or not observed.is_first:
+    """An instruction that faults or exits has changed no register; looked at where nothing ran before it."""
+    if (
+        expected.ending not in (Ending.EVENT, Ending.VM_EXIT)
+        or expected.rip != ACCESS
+        or not observed.is_first
+    ):
         return []
     if observed.rip != observed.labels[ACCESS]:
         return []
@@ -160,7 +172,7 @@ def _mmio_differences(expected: Expected, accesses: int) -> list[str]:
 def describe(expected: Expected) -> str:
     """*expected* as one line."""
     parts = [_event_name(*_event(expected))]
-    if expected.rip is not None and expected.ending in (Ending.EVENT, Ending.HALTS):
+    if expected.rip is not None and expected.ending in _AT_A_PLACE:
         parts[0] += f" at {expected.rip if isinstance(expected.rip, str) else hex(expected.rip)}"
     if expected.ending is Ending.EVENT:
         parts.append("CR2 unchanged" if expected.cr2 is None else f"CR2 {expected.cr2:#x}")
@@ -183,23 +195,38 @@ def summary(observed: Observed) -> str:
     return ", ".join(parts)
 
 
-def _event(expected: Expected) -> tuple[Ending, int | None, int | None]:
-    return expected.ending, expected.vector, expected.error_code
+#: An exception's vector and error code, or the reason of a VM exit.
+_Event = tuple[Ending, int | None, int | None, int | None]
+#: Endings that have a RIP to look at.
+_AT_A_PLACE = (Ending.EVENT, Ending.HALTS, Ending.VM_EXIT)
 
 
-def _observed_event(observed: Observed) -> tuple[Ending, int | None, int | None]:
-    return observed.ending, observed.vector, observed.error_code
+def _event(expected: Expected) -> _Event:
+    return expected.ending, expected.vector, expected.error_code, expected.exit_reason
 
 
-def _event_name(ending: Ending, vector: int | None, error_code: int | None) -> str:
+def _observed_event(observed: Observed) -> _Event:
+    return observed.ending, observed.vector, observed.error_code, observed.exit_reason
+
+
+def _event_name(ending: Ending, vector: int | None, error_code: int | None, reason: int | None) -> str:
+    if ending is Ending.VM_EXIT and reason is not None:
+        return f"{ending.value} {_reason_name(reason)}"
     if ending is not Ending.EVENT or vector is None:
         return ending.value
     return vector_name(vector) + ("" if error_code is None else f"({error_code:#x})" if error_code else "(0)")
 
 
 def _event_text(observed: Observed) -> str:
-    ending, vector, error_code = _observed_event(observed)
-    name = _event_name(ending, vector, error_code)
-    if ending in (Ending.EVENT, Ending.HALTS):
+    name = _event_name(*_observed_event(observed))
+    if observed.ending in _AT_A_PLACE:
         return f"{name} at {observed.place(observed.rip)}"
     return name
+
+
+def _reason_name(reason: int) -> str:
+    """KVM's name of an exit reason, and its number."""
+    basic = reason & EXIT_REASON_BASIC
+    known = {member.value: member.name for member in ExitReason}
+    failed = " of a failed VM entry" if reason & EXIT_REASON_FAILED_VMENTRY else ""
+    return f"{basic} ({known.get(basic, 'unknown')}){failed}"

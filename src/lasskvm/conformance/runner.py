@@ -16,8 +16,10 @@ from iced_x86 import Decoder, Formatter, FormatterSyntax
 
 from lasskvm.conformance.backends import Backend
 from lasskvm.conformance.case import ACCESS, Case
+from lasskvm.conformance.nested_testbed import NestedTestbed
 from lasskvm.conformance.observation import describe, differences, summary
-from lasskvm.conformance.testbed import ProviderError, Testbed, assemble_case
+from lasskvm.conformance.sgx_testbed import NestedSgxTestbed, SgxTestbed
+from lasskvm.conformance.testbed import NotOfferedError, ProviderError, Testbed, assemble_case
 from lasskvm.conformance.variants import Variant, VariantRun, why_not
 from lasskvm.x86.cpuid import CpuidEntry
 
@@ -28,8 +30,15 @@ TIMEOUT = 5.0
 #: One instruction cannot be longer.
 _LONGEST_INSTRUCTION = 15
 
-#: What tells processors apart: features to add and to leave out, and the levels of page tables.
-_Key = tuple[frozenset[str], frozenset[str], int]
+#: What tells testbeds apart: features to add and to leave out, the levels of page tables, and whether VMX and SGX are
+#: used.
+_Key = tuple[frozenset[str], frozenset[str], int, bool, bool]
+_TESTBEDS: dict[tuple[bool, bool], type[Testbed]] = {
+    (False, False): Testbed,
+    (True, False): NestedTestbed,
+    (False, True): SgxTestbed,
+    (True, True): NestedSgxTestbed,
+}
 
 
 class Status(Enum):
@@ -111,7 +120,8 @@ class Runner:
         """One result."""
         began = time.perf_counter()
         case = run.case
-        key = case.needs & _ON_REQUEST, case.without, case.levels
+        has_vmx, has_epc = case.nested is not None, case.sgx is not None
+        key = case.needs & _ON_REQUEST, case.without, case.levels, has_vmx, has_epc
         if key not in self._entries:
             self._entries[key] = self._backend.cpuid(key[0], key[1])
         entries = self._entries[key]
@@ -132,7 +142,8 @@ class Runner:
         """Status, what came, and why that is bad."""
         testbed = self._testbeds.get(key)
         if testbed is None:
-            testbed = Testbed(self._backend, entries, levels=run.case.levels, timeout=self._timeout)
+            kind = _TESTBEDS[key[-2:]]
+            testbed = kind(self._backend, entries, levels=run.case.levels, timeout=self._timeout)
             self._testbeds[key] = testbed
         try:
             observed = testbed.run(
@@ -141,6 +152,8 @@ class Runner:
                 forced=run.variant is Variant.FORCED,
                 mmio=run.variant is Variant.MMIO,
             )
+        except NotOfferedError as error:
+            return Status.SKIP, "", str(error)
         except ProviderError as error:
             del self._testbeds[key]
             testbed.close()
@@ -165,7 +178,7 @@ class Runner:
 
 
 #: Features that the soft provider's usual processor lacks, so that asking for one makes another processor.
-_ON_REQUEST = frozenset(("la57", "pku", "pks", "erms", "fsrm", "serialize", "lam"))
+_ON_REQUEST = frozenset(("la57", "pku", "pks", "erms", "fsrm", "serialize", "lam", "sgx"))
 
 
 def disassembly(case: Case, code: bytes, address: int) -> str:

@@ -13,6 +13,7 @@ from typing import Protocol
 from lasskvm.conformance import layout
 from lasskvm.conformance.layout import PageTables
 from lasskvm.memory import PAGE_SIZE, GuestMemory
+from lasskvm.x86.paging import PTE_W
 
 __all__ = [
     "Bytes",
@@ -22,6 +23,7 @@ __all__ = [
     "GdtImage",
     "IdtImage",
     "Map",
+    "ReadOnly",
     "Site",
     "Step",
     "TableRegister",
@@ -104,6 +106,17 @@ class Map:
     def apply(self, site: Site) -> None:
         """Write it."""
         site.tables.map(self.gva, self.gpa, self.flags, self.pages)
+
+
+@dataclass(frozen=True)
+class ReadOnly:
+    """The page at linear *gva*, which is mapped, cannot be written."""
+
+    gva: int
+
+    def apply(self, site: Site) -> None:
+        """Write it."""
+        site.tables.set_entry(self.gva, site.tables.entry(self.gva) & ~PTE_W)
 
 
 @dataclass(frozen=True)

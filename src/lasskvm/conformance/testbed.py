@@ -43,10 +43,8 @@ from lasskvm.x86.registers import (
     RFLAGS_FIXED,
 )
 
-__all__ = ["ProviderError", "Testbed", "assemble_case"]
+__all__ = ["Device", "NotOfferedError", "ProviderError", "Testbed", "assemble_case"]
 
-#: Where pages are mapped to that are to be MMIO: neither memory nor anything of KVM's own.
-_MMIO_GPA = 0xD000_0000
 _HLT = b"\xf4"
 #: What cases can change, as guest-physical ranges that are compared and written back in blocks.
 _RESTORED = ((0, layout.CASE_MEMORY_END), (layout.TABLES_GPA, layout.TABLES_END))
@@ -69,13 +67,17 @@ class ProviderError(Exception):
     """The provider could not execute a case; *str(error)* says what happened. The VM is of no use any more."""
 
 
+class NotOfferedError(Exception):
+    """The provider lacks what a case needs, beyond what its CPUID tells; *str(error)* says what."""
+
+
 def _page_pattern(gpa: int) -> bytes:
     """What the page at *gpa* holds at first: no byte is 0, no word is another page's."""
     return bytes(0x11 * (1 + (number + gpa // PAGE_SIZE) % 7) for number in range(PAGE_SIZE))
 
 
 @dataclass
-class _Device:
+class Device:
     """The MMIO pages of a run: guest-physical page to what it holds."""
 
     pages: dict[int, bytearray] = field(default_factory=dict)
@@ -128,6 +130,7 @@ class Testbed:
         self._debug_registers_used = True
 
     def _build_memory(self) -> None:
+        """Everything that the guest has before the first case."""
         memory = self._memory
         layout.write_tables(memory)
         write_legacy_tables(memory)
@@ -152,10 +155,12 @@ class Testbed:
     def run(self, case: Case, *, lass: bool, forced: bool = False, mmio: bool = False) -> Observed:
         """Run *case* with CR4.LASS as *lass* says, and tell how it ended.
 
-        Raises :class:`ProviderError`; then this testbed must not be used again.
+        Raises :class:`ProviderError`; then this testbed must not be used again. Raises :class:`NotOfferedError` when
+        the case cannot be made here.
         """
         program = assemble_case(case, forced=forced)
         self._restore()
+        self._prepare(case)
         site = Site(self._memory, self._tables, program.labels)
         for step in case.setup:
             step.apply(site)
@@ -165,14 +170,22 @@ class Testbed:
             self._memory.write(program.address, program.code)
         device = self._map_device(case.mmio if mmio else ())
         before = None if case.operand is None else self._page(case.operand, device)
-        start = self._registers(case, program)
-        reason = self._run(device) if self._start(case, program, start, lass) else None
-        observed = self._observe(case, program, start, reason, device)
+        observed = self._execute(case, program, lass, device)
         if case.operand is not None and before is not None:
             effect, text = self._effect(case.operand, before, device)
             accesses = device.accesses.get(self._tables.frame(case.operand))
             observed = replace(observed, effect=effect, page=text, mmio_accesses=accesses)
         return observed
+
+    def _prepare(self, case: Case) -> None:
+        """What the guest has to do before *case*, on memory as it is at first."""
+
+    def _execute(self, case: Case, program: Assembled, lass: bool, device: Device) -> Observed:
+        """Set the registers, run, and look at what has become of it; memory is ready."""
+        start = self._registers(case, program)
+        reason = self._run(device) if self._start(case, program, start, lass) else None
+        regs, sregs = self._vcpu.get_regs(), self._vcpu.get_sregs()
+        return self._observe(case, program, start, reason, device, regs, sregs)
 
     def _restore(self) -> None:
         for gpa, content in self._pristine:
@@ -184,10 +197,10 @@ class Testbed:
                     self._memory.write(gpa + offset, page)
         self._tables.next_free = self._pristine_tables
 
-    def _map_device(self, pages: tuple[int, ...]) -> _Device:
-        device = _Device()
+    def _map_device(self, pages: tuple[int, ...]) -> Device:
+        device = Device()
         for number, gva in enumerate(pages):
-            entry, gpa = self._tables.entry(gva), _MMIO_GPA + number * PAGE_SIZE
+            entry, gpa = self._tables.entry(gva), layout.MMIO_GPA + number * PAGE_SIZE
             frame = self._tables.frame(gva)
             device.pages[gpa] = bytearray(self._memory.read(frame, PAGE_SIZE))
             device.accesses[gpa] = 0
@@ -217,13 +230,17 @@ class Testbed:
                     f"KVM_SET_SREGS made {name.upper()} {getattr(taken, name):#x} of {getattr(sregs, name):#x}: "
                     f"this provider cannot run a guest in {case.mode.value} with it"
                 )
-        if case.msrs:
-            msrs = {index: self._value(value, program) for index, value in case.msrs.items()}
-            if vcpu.set_msrs(msrs) != len(msrs):
-                raise ProviderError(f"KVM_SET_MSRS does not take all of {', '.join(map(hex, msrs))}")
+        self._set_msrs(case, program)
         vcpu.set_debugregs(DebugRegs())
         vcpu.set_regs(start)
         return True
+
+    def _set_msrs(self, case: Case, program: Assembled) -> None:
+        if not case.msrs:
+            return
+        msrs = {index: self._value(value, program) for index, value in case.msrs.items()}
+        if self._vcpu.set_msrs(msrs) != len(msrs):
+            raise ProviderError(f"KVM_SET_MSRS does not take all of {', '.join(map(hex, msrs))}")
 
     @staticmethod
     def _value(value: int | str, program: Assembled) -> int:
@@ -242,7 +259,7 @@ class Testbed:
         sregs.cr4 |= CR4_SMAP * case.smap | CR4_SMEP * case.smep | CR4_LASS * lass | case.cr4
         return replace(sregs, **case.sregs)  # type: ignore[arg-type]
 
-    def _run(self, device: _Device) -> Exit:
+    def _run(self, device: Device) -> Exit:
         for _ in range(_MAX_EXITS):
             # Whatever a provider raises is a result: it is what is being tested.
             try:
@@ -264,9 +281,16 @@ class Testbed:
     # --------------------------------------------------------------------------------------------- the outcome
 
     def _observe(
-        self, case: Case, program: Assembled, start: Regs, reason: Exit | None, device: _Device
+        self,
+        case: Case,
+        program: Assembled,
+        start: Regs,
+        reason: Exit | None,
+        device: Device,
+        regs: Regs,
+        sregs: Sregs,
     ) -> Observed:
-        sregs, regs = self._vcpu.get_sregs(), self._vcpu.get_regs()
+        """What *reason*, registers and memory say."""
         frame = (regs.rip, sregs.cs.selector, regs.rflags, regs.rsp, sregs.ss.selector)
         ending = Ending.HALTS
         vector = error_code = None
@@ -309,7 +333,7 @@ class Testbed:
         code = self._load(rip, len(COMPLETION_CODE))
         return code.to_bytes(len(COMPLETION_CODE), "little") == COMPLETION_CODE
 
-    def _load(self, gva: int, size: int, device: _Device | None = None) -> int:
+    def _load(self, gva: int, size: int, device: Device | None = None) -> int:
         """*size* bytes at linear *gva*, which may cross the end of a page; zeros where nothing is mapped."""
         value = 0
         for number in range(size):
@@ -318,7 +342,7 @@ class Testbed:
             value |= page[address % PAGE_SIZE] << 8 * number
         return value
 
-    def _page(self, gva: int, device: _Device | None) -> bytes:
+    def _page(self, gva: int, device: Device | None) -> bytes:
         """What the page at *gva* holds; zeros where nothing is mapped."""
         if not self._tables.entry(gva) & PTE_P:
             return bytes(PAGE_SIZE)
@@ -327,7 +351,7 @@ class Testbed:
             return bytes(device.pages[frame])
         return self._memory.read(frame, PAGE_SIZE)
 
-    def _effect(self, gva: int, before: bytes, device: _Device) -> tuple[Effect | None, str]:
+    def _effect(self, gva: int, before: bytes, device: Device) -> tuple[Effect | None, str]:
         """What has happened to the page at *gva*, and the same in words."""
         entry = self._tables.entry(gva)
         accessed, dirty = bool(entry & PTE_A), bool(entry & PTE_D)

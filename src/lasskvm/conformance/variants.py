@@ -81,6 +81,8 @@ def why_not(run: VariantRun, backend: Backend, entries: list[CpuidEntry], code: 
         return "the KVM of this host does not offer LASS to guests"
     if missing:
         return f"the processor of this provider lacks {', '.join(missing)}"
+    if case.sgx is not None and (reason := backend.why_no_epc()):
+        return reason
     if run.variant is Variant.FORCED and (reason := backend.why_not_forced()):
         return reason
     if run.variant in (Variant.FORCED, Variant.MMIO) and backend.emulates_like_kvm:
@@ -94,13 +96,16 @@ def why_not(run: VariantRun, backend: Backend, entries: list[CpuidEntry], code: 
 #: Of the instructions under test, those that KVM's emulator has no code for (its opcode tables in emulate.c).
 _NOT_IN_KVMS_EMULATOR = frozenset(
     (
-        Mnemonic.CLWB, Mnemonic.CMPXCHG16B, Mnemonic.CVTSI2SD, Mnemonic.ENTER, Mnemonic.FBLD, Mnemonic.FBSTP,
+        Mnemonic.CLWB, Mnemonic.CMPXCHG16B, Mnemonic.CVTSI2SD, Mnemonic.ENCLS, Mnemonic.ENCLU, Mnemonic.ENTER,
+        Mnemonic.FBLD, Mnemonic.FBSTP,
         Mnemonic.FILD, Mnemonic.FISTP, Mnemonic.FLD, Mnemonic.FLDCW, Mnemonic.FLDENV, Mnemonic.FNSAVE,
-        Mnemonic.FNSTENV, Mnemonic.FRSTOR, Mnemonic.FSTP, Mnemonic.INT, Mnemonic.INT1, Mnemonic.INT3,
-        Mnemonic.INVPCID, Mnemonic.IRETD, Mnemonic.IRETQ, Mnemonic.LAR, Mnemonic.LDDQU, Mnemonic.LDMXCSR,
-        Mnemonic.LSL, Mnemonic.MASKMOVDQU, Mnemonic.MASKMOVQ, Mnemonic.MOVD, Mnemonic.MOVHPS, Mnemonic.MOVQ,
-        Mnemonic.MOVSS, Mnemonic.PADDB, Mnemonic.PCMPISTRI, Mnemonic.PEXTRQ, Mnemonic.PINSRW, Mnemonic.POPCNT,
-        Mnemonic.STMXCSR, Mnemonic.SWAPGS, Mnemonic.SYSRET, Mnemonic.SYSEXIT, Mnemonic.UD2, Mnemonic.VERR,
-        Mnemonic.VERW, Mnemonic.XRSTOR, Mnemonic.XRSTOR64, Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XSAVEOPT,
+        Mnemonic.FNSTENV, Mnemonic.FRSTOR, Mnemonic.FSTP, Mnemonic.INT, Mnemonic.INT1, Mnemonic.INT3, Mnemonic.INVEPT,
+        Mnemonic.INVPCID, Mnemonic.INVVPID, Mnemonic.IRETD, Mnemonic.IRETQ, Mnemonic.LAR, Mnemonic.LDDQU,
+        Mnemonic.LDMXCSR, Mnemonic.LSL, Mnemonic.MASKMOVDQU, Mnemonic.MASKMOVQ, Mnemonic.MOVD, Mnemonic.MOVHPS,
+        Mnemonic.MOVQ, Mnemonic.MOVSS, Mnemonic.PADDB, Mnemonic.PCMPISTRI, Mnemonic.PEXTRQ, Mnemonic.PINSRW,
+        Mnemonic.POPCNT, Mnemonic.STMXCSR, Mnemonic.SWAPGS, Mnemonic.SYSRET, Mnemonic.SYSEXIT, Mnemonic.UD2,
+        Mnemonic.VERR, Mnemonic.VERW, Mnemonic.VMCLEAR, Mnemonic.VMLAUNCH, Mnemonic.VMPTRLD, Mnemonic.VMPTRST,
+        Mnemonic.VMREAD, Mnemonic.VMWRITE, Mnemonic.VMXOFF, Mnemonic.VMXON, Mnemonic.XRSTOR, Mnemonic.XRSTOR64,
+        Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XSAVEOPT,
     )
 )  # fmt: skip

@@ -76,6 +76,9 @@ class SgxHandler(Protocol):
     def execute(self, ctx: Emulation, decoded: Decoded) -> None:
         """Execute the leaf function of ENCLS that EAX selects, one of SGX1, and complete it, as a handler does."""
 
+    def is_epc(self, gpa: int) -> bool:
+        """Whether guest-physical *gpa* is in the enclave page cache, where fetches find all ones."""
+
 
 class NonRoot(Protocol):
     """VMX non-root operation, while a nested guest runs: what its hypervisor has to say about its instructions."""

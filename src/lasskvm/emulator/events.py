@@ -15,6 +15,7 @@ from lasskvm.emulator.delivery import deliver64
 from lasskvm.emulator.faults import EptFault, GuestFault, TripleFault, raise_linear_fault
 from lasskvm.emulator.legacy_delivery import deliver_legacy
 from lasskvm.emulator.modes import in_ia32e_mode
+from lasskvm.emulator.virtual_8086 import is_redirected, redirect_interrupt
 from lasskvm.state import CR2, DR6, DR7, NMI_BLOCKED, RIP, Words
 from lasskvm.x86.exceptions import DB, DF, makes_double_fault
 from lasskvm.x86.paging import PhysicalMemory
@@ -90,29 +91,43 @@ def deliver_event(
     Raises :class:`TripleFault` when #DF cannot be delivered, :class:`Unhandleable` for a task gate, and
     :class:`EptFault` with ``vectoring`` set.
     """
-    vectoring: Event | None = None
     if event.kind is EventKind.NMI:
         words[NMI_BLOCKED] = 1
+    if not injected:
+        _begin(words, event, None, watch)
     while True:
-        if not injected:
-            if watch is not None:
-                watch.before_event(event, vectoring)
-            _load_payload(words, event)
-        injected = False
         try:
             _deliver(words, memory, event)
             return
         except GuestFault as fault:
-            vectoring, event = event, _combine(event, fault)
+            raised = Event.of_fault(fault)
+            combined = _combine(event, raised)
+            if combined is not raised and watch is not None:
+                # A hypervisor sees the exception itself before it counts towards a double or triple fault.
+                watch.before_event(raised, event)
+            if combined is None:
+                raise TripleFault from fault
+            _begin(words, combined, event, watch)
+            event = combined
         except EptFault as fault:
             fault.vectoring = event
             raise
+
+
+def _begin(words: Words, event: Event, vectoring: Event | None, watch: EventWatch | None) -> None:
+    """What comes before the delivery of *event*."""
+    if watch is not None:
+        watch.before_event(event, vectoring)
+    _load_payload(words, event)
 
 
 def _deliver(words: Words, memory: PhysicalMemory, event: Event) -> None:
     kind = _DELIVERY_KINDS[event.kind]
     return_rip = words[RIP] if event.return_rip is None else event.return_rip
     if not in_ia32e_mode(words):
+        if event.kind is EventKind.SOFTWARE and is_redirected(words, memory, event.vector):
+            redirect_interrupt(words, memory, event.vector, return_rip)
+            return
         deliver_legacy(words, memory, event.vector, event.error_code, kind, return_rip)
         return
     has_error_code = event.error_code is not None
@@ -131,11 +146,14 @@ def _load_payload(words: Words, event: Event) -> None:
         words[DR7] &= ~DR7_GD
 
 
-def _combine(event: Event, fault: GuestFault) -> Event:
-    """What is delivered after *fault* came up during the delivery of *event* (SDM volume 3A, table 7-5)."""
+def _combine(event: Event, raised: Event) -> Event | None:
+    """What is delivered after *raised* came up during the delivery of *event*; None for a triple fault.
+
+    Source: SDM volume 3A, table 7-5.
+    """
     if event.kind is EventKind.EXCEPTION:
         if event.vector == DF:
-            raise TripleFault
-        if makes_double_fault(event.vector, fault.vector):
+            return None
+        if makes_double_fault(event.vector, raised.vector):
             return Event(DF, error_code=0)
-    return Event.of_fault(fault)
+    return raised

@@ -47,7 +47,10 @@ _CS_LIMIT = segment_word(CS, LIMIT)
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """``steps``: what to call, and the distance from the block's start to the instruction behind. ``last`` ends it."""
+    """``steps``: what to call, and the distance from the block's start to the instruction behind. ``last`` ends it.
+
+    Without ``instructions``, ``code`` begins with one that no block has.
+    """
 
     code: bytes
     steps: tuple[tuple[Executor, int], ...]
@@ -212,6 +215,8 @@ class Interpreter:
         bits = code_bits(words)
         address = linear_address(words, CS, words[RIP])
         page = self._code_page(address)
+        if page is None:
+            return None
         start = address + page.to_view
         key = address + page.to_gpa, bits, ctx.non_root is not None
         block = self._blocks.get(key)
@@ -225,14 +230,15 @@ class Interpreter:
             ctx.tlb.mark_code(address + page.to_gpa)
         end = words[RIP] + len(block.code)
         if (
-            not block.code
+            not block.instructions
             or end > instruction_pointer_mask(words)
             or (bits != 64 and end - 1 > words[_CS_LIMIT])
         ):
             return None
         return block
 
-    def _code_page(self, address: int) -> _CodePage:
+    def _code_page(self, address: int) -> _CodePage | None:
+        """The memory at linear *address*; None in the enclave page cache, which has no code for anybody outside."""
         ctx, words = self._ctx, self._ctx.words
         if self._code_cpl != words[CPL]:
             self._code_pages.clear()
@@ -244,6 +250,8 @@ class Interpreter:
             )
             raise_linear_fault(vector, error_code, address)
             slot = ctx.memory.find(gpa)
+            if slot is None and ctx.sgx is not None and ctx.sgx.is_epc(gpa):
+                return None
             if slot is None:
                 raise Unhandleable(
                     f"instruction fetch from guest-physical {gpa:#x}, where there is no memory"
@@ -258,7 +266,7 @@ class Interpreter:
         return non_root is not None and non_root.is_sensitive(decoded)
 
     def _make_block(self, code: bytes, bits: int) -> _Block:
-        """The block at the start of *code*, the rest of its page; empty when its first instruction is special."""
+        """The block at the start of *code*, the rest of its page."""
         steps: list[tuple[Executor, int]] = []
         position, last, loops = 0, None, False
         while len(steps) < _BLOCK_INSTRUCTIONS:
@@ -274,4 +282,7 @@ class Interpreter:
                 last, loops = operation.run, operation.is_near
                 break
             steps.append((operation.run, position))
+        if not position:
+            # Other code in its place may make a block.
+            return _Block(code[:MAX_INSTRUCTION_LENGTH], (), None, 0, loops)
         return _Block(code[:position], tuple(steps), last, len(steps) + (last is not None), loops)

@@ -20,12 +20,21 @@ from pathlib import Path
 
 from lasskvm.errors import HostError
 
-__all__ = ["BUSYBOX_FILE", "FIRMWARE_FILE", "KERNEL_FILE", "Image", "ImageCache", "Manifest"]
+__all__ = [
+    "BUSYBOX_FILE",
+    "FIRMWARE_FILE",
+    "KERNEL_FILE",
+    "MODULE_SUFFIX",
+    "Image",
+    "ImageCache",
+    "Manifest",
+]
 
 #: What the files of an image are for goes by their names.
 KERNEL_FILE = "vmlinuz"
 BUSYBOX_FILE = "busybox"
 FIRMWARE_FILE = "firmware.rom"
+MODULE_SUFFIX = ".ko"
 _MANIFEST_FILE = "manifest.json"
 _LOCK_FILE = "lock"
 _STAGING_PREFIX = ".staging-"
@@ -70,7 +79,8 @@ class Manifest:
 class Image:
     """What to run and where it comes from: a *kernel*, or a *firmware* for the reset vector; exactly one of them.
 
-    A kernel given by its path has no *busybox* and no *manifest*.
+    A kernel given by its path has no *busybox* and no *manifest*. *modules* are kernel modules of an image's kernel,
+    whose release is *version*.
     """
 
     name: str
@@ -79,6 +89,7 @@ class Image:
     busybox: Path | None = None
     manifest: Manifest | None = None
     firmware: Path | None = None
+    modules: tuple[Path, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -196,8 +207,15 @@ def _image(folder: Path, manifest: Manifest) -> Image:
     def file(name: str) -> Path | None:
         return folder / name if name in manifest.sha256 else None
 
+    modules = tuple(folder / name for name in sorted(manifest.sha256) if name.endswith(MODULE_SUFFIX))
     return Image(
-        manifest.name, manifest.version, file(KERNEL_FILE), file(BUSYBOX_FILE), manifest, file(FIRMWARE_FILE)
+        manifest.name,
+        manifest.version,
+        file(KERNEL_FILE),
+        file(BUSYBOX_FILE),
+        manifest,
+        file(FIRMWARE_FILE),
+        modules,
     )
 
 

@@ -7,13 +7,15 @@ from pathlib import Path
 from lasskvm.errors import ImageError
 from lasskvm.images.cache import Image, ImageCache
 
-__all__ = ["DEBIAN", "IMAGE_NAMES", "MEMTEST", "SEABIOS", "resolve"]
+__all__ = ["DEBIAN", "DEBIAN_KVM", "IMAGE_NAMES", "MEMTEST", "SEABIOS", "resolve"]
 
 DEBIAN = "debian"
+#: The same with the modules of KVM, which are loaded when it is run: a guest that is a hypervisor.
+DEBIAN_KVM = "debian-kvm"
 SEABIOS = "seabios"
 MEMTEST = "memtest86+"
-#: The names of images that can be pulled; the one with a busybox first.
-IMAGE_NAMES = (DEBIAN, SEABIOS, MEMTEST)
+#: The names of images that can be pulled; the one whose busybox other kernels use first.
+IMAGE_NAMES = (DEBIAN, DEBIAN_KVM, SEABIOS, MEMTEST)
 
 
 def resolve(name_or_path: str | Path, cache: ImageCache | None = None) -> Image:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lasskvm.errors import ImageError
 from lasskvm.images.initramfs import Initramfs
+from lasskvm.images.kernel_modules import KernelModules
 from lasskvm.images.status_helper import status_helper
 from lasskvm.machine.boot.elf import read_elf64
 
@@ -54,28 +55,36 @@ _PREPARE_SHELL = f"export ENV=/{_SHELL_FUNCTIONS}\n/bin/busybox --install -s /bi
 _SHELL_COMMAND = "/bin/sh"
 
 
-def program_initramfs(busybox: bytes, program: Path, args: Sequence[str] = ()) -> bytes:
+def program_initramfs(
+    busybox: bytes, program: Path, args: Sequence[str] = (), modules: KernelModules | None = None
+) -> bytes:
     """An initramfs that runs the static program *program* with *args* and hands its exit status to the VMM.
 
-    *busybox* is a static busybox with at least sh, mount, setsid, cttyhack and poweroff. Raises
-    :class:`ImageError` when the program cannot be read or is not a static x86-64 ELF executable.
+    *busybox* is a static busybox with at least sh, mount, setsid, cttyhack and poweroff, and modprobe for *modules*,
+    which are loaded before. Raises :class:`ImageError` when the program cannot be read or is not a static x86-64 ELF
+    executable, or a module is none.
     """
     path = f"{_PROGRAM_DIRECTORY}/{program.name}"
     command = " ".join(shlex.quote(word) for word in (f"/{path}", *args))
-    initramfs = _base(busybox, prepare="", command=command)
+    initramfs = _base(busybox, modules, prepare="", command=command)
     initramfs.add_file(path, _read_static_program(program))
     return initramfs.build()
 
 
-def shell_initramfs(busybox: bytes) -> bytes:
-    """An initramfs that gives an interactive shell on the console; the guest ends when the shell does."""
-    initramfs = _base(busybox, prepare=_PREPARE_SHELL, command=_SHELL_COMMAND)
+def shell_initramfs(busybox: bytes, modules: KernelModules | None = None) -> bytes:
+    """An initramfs that gives an interactive shell on the console; the guest ends when the shell does.
+
+    *modules* are loaded before, by busybox's modprobe.
+    """
+    initramfs = _base(busybox, modules, prepare=_PREPARE_SHELL, command=_SHELL_COMMAND)
     initramfs.add_file(_SHELL_FUNCTIONS, _AT_ONCE.encode())
     return initramfs.build()
 
 
-def _base(busybox: bytes, *, prepare: str, command: str) -> Initramfs:
+def _base(busybox: bytes, modules: KernelModules | None, *, prepare: str, command: str) -> Initramfs:
     initramfs = Initramfs()
+    if modules is not None:
+        prepare += modules.add_to(initramfs)
     for directory in ("proc", "sys", "dev", "tmp", "root"):
         initramfs.add_directory(directory)
     # The kernel opens the console for /init before anything is mounted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import re
 import shutil
 import subprocess
@@ -21,11 +22,15 @@ from lasskvm.images.cache import Image, ImageCache, Manifest
 __all__ = ["DEFAULT_SUITE", "Pull", "Wanted", "start_pull"]
 
 DEFAULT_SUITE = "sid"
+_XZ_SUFFIX = ".xz"
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The file of *package* whose path matches *member*, to be called *file* in the cache."""
+    """The file of *package* whose path matches *member*, to be called *file* in the cache.
+
+    One that is compressed with xz, as its path says, is decompressed.
+    """
 
     package: str
     member: re.Pattern[str]
@@ -67,7 +72,7 @@ class Pull:
         *check* is called with their folder before and raises for a file that is not what it should be. *version* is
         that of the first package unless it is given.
         """
-        names = [file.package for file in wanted]
+        names = list(dict.fromkeys(file.package for file in wanted))
         self._report(f"getting {' and '.join(names)}")
         packages = {}
         for path in self._apt.download(names):
@@ -140,7 +145,7 @@ def _unpack(package: Path, member: re.Pattern[str], target: Path) -> None:
         assert process.stdout is not None
         try:
             found = _copy_member(process.stdout, member, target)
-        except (tarfile.TarError, EOFError) as error:
+        except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
             raise HostError(f"package {package.name} is damaged; pull again") from error
         finally:
             process.stdout.close()
@@ -154,7 +159,18 @@ def _copy_member(stream: IO[bytes], member: re.Pattern[str], target: Path) -> bo
             if entry.isreg() and member.fullmatch(entry.name):
                 content = archive.extractfile(entry)
                 assert content is not None
-                with content, target.open("wb") as output:
-                    shutil.copyfileobj(content, output)
+                with _plain(content, entry.name) as plain, target.open("wb") as output:
+                    shutil.copyfileobj(plain, output)
                 return True
     return False
+
+
+@contextmanager
+def _plain(content: IO[bytes], name: str) -> Iterator[IO[bytes]]:
+    """What the file *name* is made of, decompressed if it is an xz file."""
+    with content:
+        if not name.endswith(_XZ_SUFFIX):
+            yield content
+            return
+        with lzma.open(content) as plain:
+            yield plain

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lasskvm.images.cache import Image, ImageCache
-from lasskvm.images.catalog import DEBIAN
+from lasskvm.images.catalog import DEBIAN, DEBIAN_KVM
 from lasskvm.images.debian import pull as pull_debian
 from lasskvm.images.packages import DEFAULT_SUITE
 from lasskvm.images.programs import pull_program
@@ -27,6 +27,6 @@ def pull(
     called with a short line before each step. Raises :class:`~lasskvm.errors.HostError` when apt or dpkg is missing,
     the mirror cannot be reached, a signature is not good, the disk is full, or the suite does not have it.
     """
-    if name == DEBIAN:
-        return pull_debian(cache, suite=suite, mirror=mirror, progress=progress)
+    if name in (DEBIAN, DEBIAN_KVM):
+        return pull_debian(cache, name, suite=suite, mirror=mirror, progress=progress)
     return pull_program(name, cache, suite=suite, mirror=mirror, progress=progress)

@@ -63,6 +63,7 @@ class EventQueue:
         self._pending: QueuedException | None = None
         self._interrupt: int | None = None
         self._interrupt_is_soft = False
+        self.interrupt_is_held = False
         self._nmi_injected = False
         self._triple_fault = False
         self.nmi_pending = False
@@ -96,7 +97,13 @@ class EventQueue:
         """Take the external interrupt that waits, and return its vector."""
         assert self._interrupt is not None
         vector, self._interrupt = self._interrupt, None
+        self.interrupt_is_held = False
         return vector
+
+    def hold_interrupt(self) -> None:
+        """The external interrupt that waits has made a nested guest exit: it is its hypervisor's, whenever that takes
+        it."""
+        self.interrupt_is_held = self._interrupt is not None
 
     def next_event(self) -> Event | None:
         """Take the event that the processor delivers next; None when nothing (more) waits.
@@ -119,10 +126,10 @@ class EventQueue:
             if self._interrupt_is_soft:
                 self._interrupt = None
                 return Event(vector, EventKind.SOFTWARE)
-            if not words[RFLAGS] & RFLAGS_IF or words[INTERRUPT_SHADOW]:
+            if words[RFLAGS] & RFLAGS_IF and not words[INTERRUPT_SHADOW]:
+                return Event(self.take_interrupt(), EventKind.EXTERNAL)
+            if not self.interrupt_is_held:
                 raise EntryFailed
-            self._interrupt = None
-            return Event(vector, EventKind.EXTERNAL)
         if self._pending is not None:
             exception, self._pending = self._pending, None
             return self._exception_event(exception)

@@ -29,9 +29,10 @@ from lasskvm.lass import FETCH, IMPLICIT, WRITE
 from lasskvm.memory import PAGE_SIZE
 from lasskvm.state import CPL, DR6, EPT_FAULT_GPA, EPT_OUTCOME, RFLAGS, RIP
 from lasskvm.x86.address import is_canonical
-from lasskvm.x86.ept import EPT_EXIT
+from lasskvm.x86.ept import EPT_EXIT, exit_reason
 from lasskvm.x86.exceptions import DB, GP, NM, NP, PF, PF_W, SS, TS, UD, has_error_code
 from lasskvm.x86.registers import CS, DR6_BS, DR6_FIXED, RFLAGS_TF
+from lasskvm.x86.vmx_exits import EptViolation, ExitReason
 
 if TYPE_CHECKING:
     from lasskvm.kvm.vcpu import Vcpu
@@ -61,8 +62,11 @@ def _memory_fault(vcpu: Vcpu, engine_exit: EngineExit) -> None:
     elif vector != EPT_EXIT and not engine_exit.flags & IMPLICIT:
         vector, error_code = _classify(vcpu, vector, error_code, address, bool(engine_exit.flags & WRITE))
     if vector == EPT_EXIT:
+        gpa, outcome = ept_fault
+        if not engine_exit.flags & (FETCH | IMPLICIT):
+            outcome = _classify_violation(vcpu, outcome, address)
         # Looking at the code may have left another one there.
-        words[EPT_FAULT_GPA], words[EPT_OUTCOME] = ept_fault
+        words[EPT_FAULT_GPA], words[EPT_OUTCOME] = gpa, outcome
         raise EptFault(address)
     vcpu.deliver(Event(vector, error_code=error_code, cr2=address if vector == PF else None))
 
@@ -72,13 +76,27 @@ def _classify(vcpu: Vcpu, vector: int, error_code: int, address: int, write: boo
     words = vcpu.state.words
     try:
         decoded = fetch_instruction(vcpu.emulation)
-    except GuestFault:
+    except (GuestFault, EptFault):
         return vector, error_code
     if vector == GP and is_stack_access(words, decoded, address):
         return SS, error_code
     if vector == PF and not write and is_read_modify_write(words, decoded, address):
         return PF, error_code | PF_W
     return vector, error_code
+
+
+def _classify_violation(vcpu: Vcpu, outcome: int, address: int) -> int:
+    """An EPT violation of a read-modify-write reports a write also for its read half (SDM volume 3C, table 28-7)."""
+    translated_read = EptViolation.GVA_TRANSLATED | EptViolation.ACC_READ
+    if exit_reason(outcome) != ExitReason.EPT_VIOLATION or outcome & translated_read != translated_read:
+        return outcome
+    try:
+        decoded = fetch_instruction(vcpu.emulation)
+    except (GuestFault, EptFault):
+        return outcome
+    if is_read_modify_write(vcpu.state.words, decoded, address):
+        return outcome & ~EptViolation.ACC_READ | EptViolation.ACC_WRITE
+    return outcome
 
 
 def _runs_up_to_next_page(vcpu: Vcpu, address: int) -> bool:
@@ -111,7 +129,7 @@ def _first_straddling(vcpu: Vcpu, start: int) -> int:
                 break
             words[RIP] = next_rip(words, decoded)
             linear = next_linear(words, linear, decoded.length)
-    except GuestFault:
+    except (GuestFault, EptFault):
         # The instruction that reaches into the missing page, or one that is no instruction.
         return linear
     finally:
@@ -184,6 +202,11 @@ def _fetch_from_hole(vcpu: Vcpu, engine_exit: EngineExit) -> None:
         next_page = next_linear(words, start, PAGE_SIZE - start % PAGE_SIZE)
         if _runs_up_to_next_page(vcpu, next_page):
             return
+    sgx = vcpu.emulation.sgx
+    if sgx is not None and sgx.is_epc(engine_exit.address):
+        # All ones, which are no instruction.
+        emulate_instruction(vcpu.emulation)
+        return
     raise Unhandleable(
         f"instruction fetch from guest-physical {engine_exit.address:#x}, where there is no memory "
         f"(RIP {words[RIP]:#x}, CPL {words[CPL]})"

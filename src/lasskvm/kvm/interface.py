@@ -180,10 +180,10 @@ class VcpuInterface(Protocol):
         """``KVM_SET_LAPIC``."""
 
     def get_nested_state(self) -> bytes:
-        """``KVM_GET_NESTED_STATE``; ENOTTY-like OSError without nested virtualization."""
+        """``KVM_GET_NESTED_STATE``: the header and, in VMX operation, the provider's own format of a VMCS."""
 
     def set_nested_state(self, state: bytes) -> None:
-        """``KVM_SET_NESTED_STATE``."""
+        """``KVM_SET_NESTED_STATE`` of what the same provider gave."""
 
     def set_guest_debug(self, debug: GuestDebug) -> None:
         """``KVM_SET_GUEST_DEBUG``; what it catches are :class:`~lasskvm.kvm.exits.DebugExit`."""

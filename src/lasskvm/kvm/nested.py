@@ -2,30 +2,27 @@
 
 What VMX means is in :mod:`lasskvm.vmx`; this connects it with what a vCPU consists of: the emulator and direct
 execution, which are told that L2 runs; the event queue, the interrupt chips and the clock, whose events may belong to
-L1; and the run loop, which asks :meth:`NestedOperation.boundary` before it lets L2 run, and does everything with L2
-inside :meth:`NestedOperation.vm_exits`.
+L1; and the run loop, which asks :meth:`NestedOperation.boundary` before it lets L2 run, and
+:meth:`NestedOperation.exit` when an exception has ended what it did with L2.
 
 Source: KVM's ``vmx_check_nested_events()``, ``nested_vmx_enter_non_root_mode()``, ``__nested_vmx_vmexit()``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.events import Event, EventKind
 from lasskvm.emulator.faults import EptFault, TripleFault, general_protection
 from lasskvm.engine import context as c
 from lasskvm.engine.engine import Engine
-from lasskvm.kvm.clock import Timer
+from lasskvm.kvm.clock import Timer, TimerState
 from lasskvm.state import EPTP, INTERRUPT_SHADOW, PF_INTERCEPTED, RFLAGS
 from lasskvm.vmx.capabilities import VmxCapabilities
 from lasskvm.vmx.entry_checks import secondary_controls
 from lasskvm.vmx.exit_record import NestedExit, VmExit
-from lasskvm.vmx.guest_checks import check_guest_state
 from lasskvm.vmx.guest_time import timer_deadline
 from lasskvm.vmx.host_state import VmxAborted
 from lasskvm.vmx.injection import event_to_deliver, has_pending_monitor_trap, pending_debug_trap
@@ -33,6 +30,7 @@ from lasskvm.vmx.instructions import VmxInstructions
 from lasskvm.vmx.intercepts_events import L2Event, PendingEvents, interrupt_exit, may_intercept_page_faults
 from lasskvm.vmx.nested import NestedVmx
 from lasskvm.vmx.non_root import NonRootOperation, ept_exit
+from lasskvm.vmx.repeated_checks import RepeatedChecks
 from lasskvm.vmx.transitions import enter_guest, fail_entry, leave_guest
 from lasskvm.vmx.vmcs import Vmcs12, set_abort_indicator
 from lasskvm.x86 import vmx
@@ -55,7 +53,8 @@ class NestedOperation:
     """VMX of one vCPU. ``vmx`` is None while its CPUID does not offer VMX.
 
     ``run_pending`` says that a VM entry has loaded L2 and not yet delivered what it is to inject
-    (``KVM_STATE_NESTED_RUN_PENDING``).
+    (``KVM_STATE_NESTED_RUN_PENDING``), ``monitor_trap_pending`` that L2 exits with the monitor trap flag at the next
+    boundary (``KVM_STATE_NESTED_MTF_PENDING``).
     """
 
     def __init__(self, vcpu: StatefulVcpu) -> None:
@@ -64,9 +63,10 @@ class NestedOperation:
         self.vmx: NestedVmx | None = None
         self.non_root: NonRootOperation | None = None
         self.run_pending = False
-        self._monitor_trap_is_due = False
+        self.monitor_trap_pending = False
         self._timer: Timer | None = None
         self._capabilities: dict[int, int] = {}
+        self._checks = RepeatedChecks()
 
     # -------------------------------------------------------------------------------------------------- set-up
 
@@ -84,7 +84,7 @@ class NestedOperation:
 
     def attach(self, ctx: Emulation) -> None:
         """Execute VMX instructions in *ctx*, and answer for the capability MSRs."""
-        ctx.vmx = None if self.vmx is None else VmxInstructions(self.vmx, self._enter)
+        ctx.vmx = None if self.vmx is None else VmxInstructions(self.vmx, self._enter, self._checks)
         ctx.non_root = self.non_root
         for index in _CAPABILITY_MSRS:
             ctx.msrs.attach(
@@ -121,14 +121,17 @@ class NestedOperation:
         """VMLAUNCH and VMRESUME, behind the checks of controls and host state."""
         vmcs, capabilities = self._current, self._offered
         assert self.vmx is not None
-        with self._aborts():
-            violation = check_guest_state(vmcs, capabilities, ctx.memory, ctx.words, self.vmx.current_gpa)
+        try:
+            gpa = self.vmx.current_gpa
+            violation = self._checks.guest_state(vmcs, capabilities, ctx.memory, ctx.words, gpa)
             if violation is not None:
                 reason, qualification = ExitReason.INVALID_STATE, violation.qualification
                 fail_entry(ctx, vmcs, capabilities, reason, qualification)
                 return
             if not enter_guest(ctx, vmcs, capabilities):
                 return
+        except VmxAborted as abort:
+            self._abort(abort)
         self.start_running()
         self.run_pending = True
         deadline = timer_deadline(vmcs, capabilities, ctx.read_tsc())
@@ -143,11 +146,13 @@ class NestedOperation:
         assert self.vmx is not None
         self.vmx.in_guest = True
         ctx = self._vcpu.emulation
-        self.non_root = ctx.non_root = NonRootOperation(vmcs, self._words, ctx.memory)
+        self.non_root = ctx.non_root = NonRootOperation(
+            vmcs, self._words, ctx.memory, trap_is_due=self._vcpu.kick
+        )
         uses_ept = secondary_controls(vmcs) & vmx.SECONDARY_EXEC_ENABLE_EPT
         self._words[EPTP] = vmcs[VmcsField.EPT_POINTER] if uses_ept else 0
         self._words[PF_INTERCEPTED] = int(may_intercept_page_faults(vmcs))
-        self._monitor_trap_is_due = False
+        self.monitor_trap_pending = False
         self._vcpu.apply_intercepts()
 
     def _stop_running(self) -> int | None:
@@ -156,7 +161,7 @@ class NestedOperation:
             self.vmx.in_guest = False
         self.non_root = self._vcpu.emulation.non_root = None
         self._words[EPTP] = self._words[PF_INTERCEPTED] = 0
-        self.run_pending = self._monitor_trap_is_due = False
+        self.run_pending = self.monitor_trap_pending = False
         self._vcpu.apply_intercepts()
         self._vcpu.interpreter.stop()
         timer, self._timer = self._timer, None
@@ -170,32 +175,27 @@ class NestedOperation:
         ctx = self._vcpu.emulation
         ctx.mmio.commit()
         deadline = self._stop_running()
-        with self._aborts():
+        try:
             leave_guest(ctx, self._current, self._offered, record, timer_deadline=deadline)
-
-    @contextmanager
-    def vm_exits(self) -> Iterator[None]:
-        """Whatever is done inside, on behalf of L2, may end in a VM exit."""
-        try:
-            yield
-        except VmExit as due:
-            self.leave(due.record)
-        except EptFault as fault:
-            self.leave(ept_exit(self._words, fault))
-        except TripleFault:
-            if self.non_root is None:
-                raise
-            self.leave(NestedExit(ExitReason.TRIPLE_FAULT))
-
-    @contextmanager
-    def _aborts(self) -> Iterator[None]:
-        """A VMX abort inside leaves its indicator in the VMCS region."""
-        try:
-            yield
         except VmxAborted as abort:
-            assert self.vmx is not None
-            set_abort_indicator(self._vcpu.vm.memory, self.vmx.current_gpa, abort.indicator)
-            raise
+            self._abort(abort)
+
+    def exit(self, end: VmExit | EptFault | TripleFault) -> None:
+        """What was done on behalf of L2 has ended in *end*: a VM exit. Raises a triple fault again that is L1's."""
+        if isinstance(end, VmExit):
+            self.leave(end.record)
+        elif isinstance(end, EptFault):
+            self.leave(ept_exit(self._words, end))
+        elif self.non_root is not None and not isinstance(end, VmxAborted):
+            self.leave(NestedExit(ExitReason.TRIPLE_FAULT))
+        else:
+            raise end
+
+    def _abort(self, abort: VmxAborted) -> NoReturn:
+        """A VMX abort leaves its indicator in the VMCS region, and the processor in shutdown."""
+        assert self.vmx is not None
+        set_abort_indicator(self._vcpu.vm.memory, self.vmx.current_gpa, abort.indicator)
+        raise abort
 
     @property
     def _current(self) -> Vmcs12:
@@ -214,10 +214,25 @@ class NestedOperation:
         """Let the preemption timer expire at *deadline*, a tick of ``Emulation.read_tsc``."""
         self._timer = self._vcpu.vm.clock.call_at(deadline, self._vcpu.kick)
 
+    def restore_timer(self, state: TimerState) -> None:
+        """Let the preemption timer of a saved vCPU run again: :attr:`timer_state`."""
+        self._timer = self._vcpu.vm.clock.restore(state, self._vcpu.kick)
+
+    @property
+    def timer_state(self) -> TimerState | None:
+        """The preemption timer for snapshots, if it runs or has expired."""
+        return None if self._timer is None else self._timer.state
+
     @property
     def preemption_deadline(self) -> int | None:
         """When the preemption timer expires, if it runs."""
         return None if self._timer is None else self._timer.deadline_ns
+
+    @property
+    def _timer_has_expired(self) -> bool:
+        """Whether its time has come. That may be now, after the clock was last asked for what is due."""
+        deadline = self.preemption_deadline
+        return deadline is not None and deadline <= self._vcpu.vm.clock.now()
 
     @property
     def blocks_init(self) -> bool:
@@ -241,11 +256,12 @@ class NestedOperation:
         return self.non_root is not None and bool(self._primary & vmx.CPU_BASED_NMI_WINDOW_EXITING)
 
     @property
-    def interrupts_exit(self) -> bool:
-        """Whether external interrupts are VM exits, whatever L2's RFLAGS.IF says."""
+    def is_awaited(self) -> bool:
+        """Whether L1 takes a halted L2 back, whatever L2's RFLAGS.IF says: when an interrupt or the timer comes."""
         if self.non_root is None:
             return False
-        return bool(self._current[VmcsField.PIN_BASED_VM_EXEC_CONTROL] & vmx.PIN_BASED_EXT_INTR_MASK)
+        exits = vmx.PIN_BASED_EXT_INTR_MASK | vmx.PIN_BASED_VMX_PREEMPTION_TIMER
+        return bool(self._current[VmcsField.PIN_BASED_VM_EXEC_CONTROL] & exits)
 
     @property
     def _primary(self) -> int:
@@ -254,7 +270,7 @@ class NestedOperation:
     def stepped(self) -> None:
         """L2 has executed an instruction by itself."""
         if self.non_root is not None and self._primary & vmx.CPU_BASED_MONITOR_TRAP_FLAG:
-            self._monitor_trap_is_due = True
+            self.monitor_trap_pending = True
 
     def boundary(self) -> bool:
         """L2 is between two instructions: deliver what is due, or raise :class:`VmExit`.
@@ -274,8 +290,8 @@ class NestedOperation:
             has_interrupt = vcpu.has_interrupt()
             pending = PendingEvents(
                 init=vcpu.init_pending,
-                monitor_trap=self._monitor_trap_is_due,
-                preemption_timer=self._timer is not None and not self._timer.pending,
+                monitor_trap=self.monitor_trap_pending,
+                preemption_timer=self._timer_has_expired,
                 nmi=vcpu.events.nmi_pending,
                 interrupt=has_interrupt,
             )
@@ -302,14 +318,16 @@ class NestedOperation:
             self._vcpu.deliver(event, injected=True)
             self.stepped()
         elif has_pending_monitor_trap(vmcs):
-            self._monitor_trap_is_due = True
+            self.monitor_trap_pending = True
         elif bits := pending_debug_trap(vmcs):
             self._vcpu.deliver(Event(DB, dr6=bits))
             self.stepped()
 
     def _take_event_of(self, record: NestedExit) -> None:
-        """What has caused the exit *record* is not pending any more."""
-        if record.reason is ExitReason.INIT_SIGNAL:
+        """What has caused the exit *record* is not pending any more, or waits for L1."""
+        if record.reason is ExitReason.EXTERNAL_INTERRUPT:
+            self._vcpu.events.hold_interrupt()
+        elif record.reason is ExitReason.INIT_SIGNAL:
             self._vcpu.init_pending = False
         elif record.reason is ExitReason.EXCEPTION_NMI:
             self._vcpu.events.nmi_pending = False

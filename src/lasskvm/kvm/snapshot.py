@@ -19,21 +19,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import zstandard
 
 from lasskvm.errors import SnapshotError
-from lasskvm.memory import PAGE_SIZE, GuestMemory, Slot
+from lasskvm.memory import PAGE_SIZE
 
-__all__ = ["FORMAT_VERSION", "Document", "SnapshotReader", "open_snapshot", "write_snapshot"]
+__all__ = ["FORMAT_VERSION", "Document", "Region", "SnapshotReader", "open_snapshot", "write_snapshot"]
 
 #: What a machine is described by: names and values that JSON can hold.
 Document = dict[str, Any]
 
 #: Files of a newer format are refused, and so are those of an older one: nothing converts them.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _MAGIC = b"LASSKVM\x1a"
 _HEADER = struct.Struct("<8sI")
@@ -50,6 +50,22 @@ _LEVEL = 3
 _PREFIX = ".lasskvm-snapshot-"
 
 
+class Region(Protocol):
+    """Memory that is saved: a slot, or what else has a range of guest-physical addresses of its own."""
+
+    @property
+    def gpa(self) -> int:
+        """Where it begins."""
+
+    @property
+    def size(self) -> int:
+        """How long it is, in bytes, a multiple of 4096."""
+
+    @property
+    def view(self) -> memoryview:
+        """Its bytes."""
+
+
 class _Section(NamedTuple):
     kind: bytes
     place: int
@@ -59,14 +75,14 @@ class _Section(NamedTuple):
 # --------------------------------------------------------------------------------------------------------- writing
 
 
-def write_snapshot(path: Path, document: Document, slots: Iterable[Slot]) -> None:
-    """Write *document* and the memory of *slots* to *path*, at once or not at all.
+def write_snapshot(path: Path, document: Document, regions: Iterable[Region]) -> None:
+    """Write *document* and the memory of *regions* to *path*, at once or not at all.
 
     Raises :class:`SnapshotError` when the host refuses; *path* is then what it was.
     """
     try:
         with _replacing(path) as file:
-            _write(file, document, slots)
+            _write(file, document, regions)
     except OSError as error:
         raise SnapshotError(
             f"the snapshot {path} cannot be written ({error.strerror or error}); choose a folder with room for it"
@@ -94,27 +110,27 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-def _write(file: BinaryIO, document: Document, slots: Iterable[Slot]) -> None:
+def _write(file: BinaryIO, document: Document, regions: Iterable[Region]) -> None:
     compressor = zstandard.ZstdCompressor(level=_LEVEL)
     file.write(_HEADER.pack(_MAGIC, FORMAT_VERSION))
     count = 0
-    for section in _sections(document, slots):
+    for section in _sections(document, regions):
         _write_section(file, section._replace(payload=compressor.compress(section.payload)))
         count += 1
     _write_section(file, _Section(_END, count, b""))
 
 
-def _sections(document: Document, slots: Iterable[Slot]) -> Iterator[_Section]:
+def _sections(document: Document, regions: Iterable[Region]) -> Iterator[_Section]:
     yield _Section(_DOCUMENT, 0, json.dumps(document).encode())
-    for slot in slots:
-        for start in range(0, slot.size, _CHUNK_BYTES):
-            pages = np.frombuffer(slot.view[start : start + _CHUNK_BYTES], np.uint64).reshape(
+    for region in regions:
+        for start in range(0, region.size, _CHUNK_BYTES):
+            pages = np.frombuffer(region.view[start : start + _CHUNK_BYTES], np.uint64).reshape(
                 -1, PAGE_SIZE // 8
             )
             used = pages.any(axis=1)
             if used.any():
                 bitmap = np.packbits(used, bitorder="little").tobytes()
-                yield _Section(_MEMORY, slot.gpa + start, bitmap + pages[used].tobytes())
+                yield _Section(_MEMORY, region.gpa + start, bitmap + pages[used].tobytes())
 
 
 def _write_section(file: BinaryIO, section: _Section) -> None:
@@ -165,26 +181,27 @@ class SnapshotReader:
             raise self._damaged()
         self.document: Document = json.loads(section.payload)
 
-    def load_memory(self, memory: GuestMemory) -> None:
-        """Fill the slots of *memory*, which must be all zeros, and see that the file is complete."""
+    def load_memory(self, regions: Iterable[Region]) -> None:
+        """Fill *regions*, which must be all zeros, and see that the file is complete."""
+        known = list(regions)
         sections = 1
         while (section := self._next()).kind == _MEMORY:
-            self._load_chunk(memory, section)
+            self._load_chunk(known, section)
             sections += 1
         if section.kind != _END or section.place != sections or self._file.read(1):
             raise self._damaged()
 
-    def _load_chunk(self, memory: GuestMemory, section: _Section) -> None:
-        slot = memory.find(section.place)
-        if slot is None:
+    def _load_chunk(self, regions: Iterable[Region], section: _Section) -> None:
+        region = next((it for it in regions if it.gpa <= section.place < it.gpa + it.size), None)
+        if region is None:
             raise self._damaged()
-        start = section.place - slot.gpa
-        count = min(_CHUNK_PAGES, (slot.size - start) // PAGE_SIZE)
+        start = section.place - region.gpa
+        count = min(_CHUNK_PAGES, (region.size - start) // PAGE_SIZE)
         bitmap_bytes = -(-count // _BITS_PER_BYTE)
         bitmap = np.frombuffer(section.payload[:bitmap_bytes], np.uint8)
         used = np.unpackbits(bitmap, count=count, bitorder="little").astype(bool)
         content = np.frombuffer(section.payload[bitmap_bytes:], np.uint8).reshape(-1, PAGE_SIZE)
-        pages = np.frombuffer(slot.view[start : start + count * PAGE_SIZE], np.uint8).reshape(-1, PAGE_SIZE)
+        pages = np.frombuffer(region.view[start : start + count * PAGE_SIZE], np.uint8).reshape(-1, PAGE_SIZE)
         pages[used] = content
 
     def _check_header(self) -> None:

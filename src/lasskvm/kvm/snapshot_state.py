@@ -9,6 +9,7 @@ therefore forgets both at its checkpoints and when it is saved (``Vcpu.forget_ca
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ import numpy as np
 from lasskvm.emulator.fpu import X87_REGISTERS, XMM_REGISTERS, Fpu, FpuState, copy_fpu
 from lasskvm.errors import SnapshotError
 from lasskvm.kvm.clock import HostClock, VirtualClock
-from lasskvm.kvm.snapshot import Document, open_snapshot, write_snapshot
+from lasskvm.kvm.nested_state import nested_document, restore_nested
+from lasskvm.kvm.snapshot import Document, Region, open_snapshot, write_snapshot
 from lasskvm.kvm.structures import MpState, MsrFilterRange, VcpuEvents
 from lasskvm.memory import TABLE_CODE_STORES
 from lasskvm.state import STATE_WORDS, TLB_FLUSH
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from lasskvm.kvm.vcpu import Vcpu
     from lasskvm.kvm.vm import Vm
 
-__all__ = ["load_vm", "restore_vm", "save_vm", "saved_clock", "saved_cpuid"]
+__all__ = ["load_vm", "memory_regions", "restore_vm", "save_vm", "saved_clock", "saved_cpuid"]
 
 _FPU_SCALARS = ("mxcsr", "fcw", "fsw", "top", "ftw", "fop", "fip", "fdp")
 _VIRTUAL, _HOST = "virtual", "host"
@@ -46,7 +48,14 @@ def save_vm(vm: Vm, path: Path, machine: Document | None = None) -> None:
             "the VM cannot be saved amid an instruction; run its vCPU with immediate_exit set until an IntrExit comes"
         )
     vcpu.forget_caches()
-    write_snapshot(path, {"machine": machine, "vm": _vm_document(vm, vcpu)}, vm.memory)
+    write_snapshot(path, {"machine": machine, "vm": _vm_document(vm, vcpu)}, memory_regions(vm))
+
+
+def memory_regions(vm: Vm) -> Iterator[Region]:
+    """What of *vm* is saved as memory: its slots, and what the pages of its EPC hold."""
+    yield from vm.memory
+    if vm.epc is not None:
+        yield vm.epc
 
 
 def load_vm(path: Path, vm_type: type[Vm]) -> Vm:
@@ -65,8 +74,10 @@ def load_vm(path: Path, vm_type: type[Vm]) -> Vm:
             vm.create_irqchip()
         if document["pit"] is not None:
             vm.create_pit2()
+        if document["sgx"] is not None:
+            vm.create_epc(document["sgx"]["epc"]["base"], document["sgx"]["epc"]["size"])
         vm.create_vcpu()
-        snapshot.load_memory(vm.memory)
+        snapshot.load_memory(memory_regions(vm))
         restore_vm(vm, document)
         return vm
 
@@ -93,12 +104,15 @@ def restore_vm(vm: Vm, document: Document) -> None:
         vcpu is not None
         and [(slot.number, slot.gpa, slot.size) for slot in vm.memory]
         == [(slot["number"], slot["gpa"], slot["size"]) for slot in document["slots"]]
-        and (vm.irqchip is None, vm.pit is None) == (document["irqchip"] is None, document["pit"] is None)
+        and (vm.irqchip is None, vm.pit is None, vm.sgx is None)
+        == (document["irqchip"] is None, document["pit"] is None, document["sgx"] is None)
     )
     if vcpu is None or not made_alike:
         raise SnapshotError(
             "the snapshot is of a machine with other memory or devices; load it as what it is"
         )
+    if vm.sgx is not None:
+        vm.sgx.set_state(document["sgx"])
     _restore_vcpu(vcpu, document["vcpu"])
     if isinstance(vm.clock, VirtualClock):
         vm.clock.restore_skipped(document["clock"]["skipped_ns"])
@@ -142,6 +156,7 @@ def _vm_document(vm: Vm, vcpu: Vcpu) -> Document:
         "irqchip": None if vm.irqchip is None else vm.irqchip.get_state(),
         "routes": None if vm.irqchip is None else vm.irqchip.router.get_state(),
         "pit": None if vm.pit is None else vm.pit.get_state(),
+        "sgx": None if vm.sgx is None else vm.sgx.get_state(),
         "vcpu": _vcpu_document(vcpu),
     }
 
@@ -166,9 +181,11 @@ def _vcpu_document(vcpu: Vcpu) -> Document:
         "tsc": [msrs.tsc_offset, msrs.tsc_adjust],
         "events": vars(vcpu.get_vcpu_events()),
         "event_instruction_length": vcpu.events.instruction_length,
+        "interrupt_is_held": vcpu.events.interrupt_is_held,
         "mp_state": vcpu.get_mp_state(),
         "init_pending": vcpu.init_pending,
         "devices": vcpu.devices.get_state(),
+        "nested": nested_document(vcpu.nested),
         "has_run": vcpu.has_run,
         "blocks": vcpu.executed_blocks,
         "next_checkpoint_ns": vcpu.next_checkpoint_ns,
@@ -181,6 +198,7 @@ def _restore_vcpu(vcpu: Vcpu, document: Document) -> None:
     # Before the words, two of which it sets.
     vcpu.set_vcpu_events(VcpuEvents(**document["events"]))
     vcpu.events.instruction_length = document["event_instruction_length"]
+    vcpu.events.interrupt_is_held = document["interrupt_is_held"]
     words = document["words"]
     if len(words) != STATE_WORDS:
         raise ValueError(f"{len(words)} state words")
@@ -194,6 +212,7 @@ def _restore_vcpu(vcpu: Vcpu, document: Document) -> None:
     vcpu.set_mp_state(MpState(document["mp_state"]))
     vcpu.init_pending = document["init_pending"]
     vcpu.devices.set_state(document["devices"])
+    restore_nested(vcpu.nested, document["nested"])
     vcpu.has_run = document["has_run"]
     vcpu.blocks_before = document["blocks"] - (vcpu.executed_blocks - vcpu.blocks_before)
     vcpu.next_checkpoint_ns = document["next_checkpoint_ns"]

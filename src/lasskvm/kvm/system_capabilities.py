@@ -1,5 +1,6 @@
 """What ``KVM_CHECK_EXTENSION`` says of the soft provider; the numbers are those of ``linux/kvm.h``."""
 
+from lasskvm.kvm.nested_state import NESTED_STATE_BYTES
 from lasskvm.kvm.registers_fpu import XSAVE_BYTES
 from lasskvm.memory import MAX_SLOTS
 
@@ -36,6 +37,7 @@ CAPABILITIES: dict[int, int] = {
     81: 1,  # KVM_CAP_READONLY_MEM
     128: _VCPUS,  # KVM_CAP_MAX_VCPU_ID
     136: 1,  # KVM_CAP_IMMEDIATE_EXIT
+    157: NESTED_STATE_BYTES,  # KVM_CAP_NESTED_STATE
     164: 1,  # KVM_CAP_EXCEPTION_PAYLOAD
     188: _MSR_EXIT_REASONS,  # KVM_CAP_X86_USER_SPACE_MSR
     189: 1,  # KVM_CAP_X86_MSR_FILTER

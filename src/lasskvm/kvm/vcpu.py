@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lasskvm.emulator.events import Event, EventKind
 from lasskvm.emulator.execution import emulate_instruction
-from lasskvm.emulator.faults import DebugReport, TripleFault, Unhandleable
+from lasskvm.emulator.faults import DebugReport, EptFault, TripleFault, Unhandleable
 from lasskvm.emulator.mmio import MmioReadNeeded
 from lasskvm.emulator.msrs import MsrAccessNeeded, visible_tsc
 from lasskvm.emulator.port_io import PortAccessNeeded
@@ -55,6 +55,7 @@ from lasskvm.state import (
     TSC_AUX,
     XCR0,
 )
+from lasskvm.vmx.exit_record import VmExit
 from lasskvm.x86.cpuid import EAX, LEAF_FEATURES
 from lasskvm.x86.exceptions import NMI
 from lasskvm.x86.registers import CR0_CD, CR0_NW, RFLAGS_IF
@@ -177,8 +178,10 @@ class Vcpu(ReportingVcpu):
         self.at_checkpoint = False
         self.debugger.enter()
         try:
-            with self.nested.vm_exits():
+            try:
                 self._take_answer()
+            except (VmExit, EptFault, TripleFault) as end:
+                self.nested.exit(end)
             return self._run()
         except PortAccessNeeded as needed:
             return self._port_exit(needed.access)
@@ -219,7 +222,7 @@ class Vcpu(ReportingVcpu):
             self.vm.clock.run_due()
             if self.init_pending and not self.nested.blocks_init:
                 continue
-            with self.nested.vm_exits():
+            try:
                 wanted = self._inject_events()
                 if self.emulation.halted or self._waits_for_startup:
                     idle = self._idle(skips)
@@ -236,6 +239,8 @@ class Vcpu(ReportingVcpu):
                     self._interpret(min(interpreted_end, self._interpreted_blocks_at(slice_end)), wanted)
                 else:
                     self._execute(slice_end, wanted)
+            except (VmExit, EptFault, TripleFault) as end:
+                self.nested.exit(end)
             if (self.executed_blocks if virtual else time.monotonic_ns()) >= slice_end:
                 break
             if self.interpreter.blocks >= interpreted_end or self._port_accesses_are_used_up():
@@ -277,6 +282,10 @@ class Vcpu(ReportingVcpu):
     def _is_interpreted(self) -> bool:
         return self.vm.engine == "emulator" or emulation_required(self.state.words)
 
+    def _may_go_on_interpreting(self) -> bool:
+        """Whether the interpreter may: VMXOFF lets an INIT signal through that has waited for it."""
+        return self._is_interpreted() and not (self.init_pending and not self.nested.blocks_init)
+
     def _enter_interpreter(self) -> None:
         if not self._interpreted:
             self._interpreted = True
@@ -286,6 +295,7 @@ class Vcpu(ReportingVcpu):
         """Let the emulator run the guest, up to block *end* of the interpreter or until it need not."""
         interpreter, clock = self.interpreter, self.vm.clock
         self._enter_interpreter()
+        self.emulation.stepping = False
         blocks = end - interpreter.blocks
         deadline = clock.next_deadline()
         if isinstance(clock, VirtualClock):
@@ -295,18 +305,19 @@ class Vcpu(ReportingVcpu):
             blocks = min(blocks, _HOST_POLL_INTERPRETED_BLOCKS)
         interpreter.want_interrupt_window = wanted
         interpreter.want_nmi_window = self.events.nmi_pending or self.nested.wants_nmi_window
-        interpreter.run(max(1, blocks), self._is_interpreted)
+        interpreter.run(max(1, blocks), self._may_go_on_interpreting)
 
     def _step(self) -> None:
         """Execute one instruction: for the VMM's debugger, or for a hypervisor that traps each one."""
         self._enter_interpreter()
+        self.emulation.stepping = True
         self.interpreter.step()
         self.nested.stepped()
 
     def _execute(self, slice_end: int, wanted: bool) -> None:
         """Let direct execution run the guest, and deal with its exit."""
         if self._interpreted:
-            self._interpreted = False
+            self._interpreted = self.emulation.stepping = False
             self.state.words[TLB_FLUSH] = 1
         engine = self.engine
         engine.want_interrupt_window(wanted)
@@ -352,6 +363,7 @@ class Vcpu(ReportingVcpu):
         if self.nested.non_root is not None:
             return self.nested.boundary()
         words, events = self.state.words, self.events
+        events.waiting |= events.interrupt_is_held
         while events.waiting:
             event = events.next_event()
             if event is not None:
@@ -361,7 +373,7 @@ class Vcpu(ReportingVcpu):
             self.deliver(Event(NMI, EventKind.NMI))
         chips = self.vm.irqchip
         if chips is None or not chips.has_interrupt():
-            return False
+            return events.interrupt_is_held
         if not words[RFLAGS] & RFLAGS_IF or words[INTERRUPT_SHADOW]:
             return True
         self.deliver(Event(chips.acknowledge(), EventKind.EXTERNAL))
@@ -369,7 +381,7 @@ class Vcpu(ReportingVcpu):
 
     def _idle(self, skips: int) -> Exit | None:
         """Pass the time of a halted guest; an exit when the VMM has to."""
-        interrupts_enabled = bool(self.state.words[RFLAGS] & RFLAGS_IF) or self.nested.interrupts_exit
+        interrupts_enabled = bool(self.state.words[RFLAGS] & RFLAGS_IF) or self.nested.is_awaited
         if self.vm.irqchip is None:
             # Without an irqchip the VMM decides what wakes the guest: the next run goes on behind HLT.
             self.emulation.halted = False

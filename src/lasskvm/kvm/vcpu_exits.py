@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lasskvm.emulator.completion import complete
 from lasskvm.emulator.decode import fetch_instruction
 from lasskvm.emulator.execution import deliver_fault, resume_instruction
-from lasskvm.emulator.faults import DebugReport, GuestFault, debug_trap
+from lasskvm.emulator.faults import DebugReport, EptFault, GuestFault, debug_trap
 from lasskvm.emulator.instructions.ports import finish_access
 from lasskvm.emulator.instructions.registers import finish_rdmsr
 from lasskvm.emulator.linearize import linear_address
@@ -62,6 +62,7 @@ class ReportingVcpu(StatefulVcpu):
         if finish is not None:
             finish()
             self._stepped = self.debugger.singlestep
+            self.nested.stepped()
 
     # ------------------------------------------------------------------------------------------- port I/O and MMIO
 
@@ -129,7 +130,7 @@ class ReportingVcpu(StatefulVcpu):
         words = self.state.words
         try:
             code = fetch_instruction(self.emulation)
-        except GuestFault:
+        except (GuestFault, EptFault):
             return InternalErrorExit(detail)
         place = self.translate(linear_address(words, CS, words[RIP]))
         instruction = self.vm.memory.read(place.physical_address, code.length) if place.valid else b""

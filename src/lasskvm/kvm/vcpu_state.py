@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.faults import GuestFault
@@ -24,6 +24,7 @@ from lasskvm.kvm.events import EventQueue
 from lasskvm.kvm.guest_debug import GuestDebugger
 from lasskvm.kvm.irqchip.lapic import LocalApic
 from lasskvm.kvm.nested import NestedOperation
+from lasskvm.kvm.nested_state import get_nested_state, set_nested_state
 from lasskvm.kvm.port_time import TimedPorts
 from lasskvm.kvm.structures import (
     GuestDebug,
@@ -70,7 +71,6 @@ __all__ = ["StatefulVcpu"]
 _BREAKPOINTS = 4
 _XCR0_X87, _XCR0_SSE = 1 << 0, 1 << 1
 _SIPI_SELECTOR_SHIFT = 8
-_NO_NESTED = "the soft provider offers no nested virtualization yet"
 
 
 class StatefulVcpu(ExtendedRegisters, InterruptibleVcpu):
@@ -137,6 +137,7 @@ class StatefulVcpu(ExtendedRegisters, InterruptibleVcpu):
             self.emulation.fpu, self.emulation.msrs = former.fpu, former.msrs
             self.emulation.msrs.use_cpuid(table)
         self.emulation.forced_emulation = vm.forced_emulation
+        self.emulation.sgx = vm.sgx
         self.devices.use_cpuid(table)
         self.devices.attach(self.emulation)
         self.nested.use_cpuid(table)
@@ -303,12 +304,15 @@ class StatefulVcpu(ExtendedRegisters, InterruptibleVcpu):
         return self.devices.lapic
 
     def get_nested_state(self) -> bytes:
-        """``KVM_GET_NESTED_STATE``: OSError with ENOTTY."""
-        _refuse_nested("KVM_GET_NESTED_STATE")
+        """``KVM_GET_NESTED_STATE``: KVM's structure; with a current VMCS its page follows, in a format of our own."""
+        return get_nested_state(self)
 
     def set_nested_state(self, state: bytes) -> None:
-        """``KVM_SET_NESTED_STATE``: OSError with ENOTTY."""
-        _refuse_nested("KVM_SET_NESTED_STATE")
+        """``KVM_SET_NESTED_STATE`` of what :meth:`get_nested_state` gave; EINVAL for what can be no such state.
+
+        L2's registers come with it; general-purpose and other registers that are in no VMCS do not.
+        """
+        set_nested_state(self, state)
 
     def set_guest_debug(self, debug: GuestDebug) -> None:
         """``KVM_SET_GUEST_DEBUG``; what it catches are :class:`~lasskvm.kvm.exits.DebugExit`. The guest sees nothing.
@@ -372,7 +376,3 @@ class StatefulVcpu(ExtendedRegisters, InterruptibleVcpu):
         self.interpreter.stop()
         if self._engine is not None:
             self._engine.stop()
-
-
-def _refuse_nested(ioctl: str) -> NoReturn:
-    raise OSError(errno.ENOTTY, f"{ioctl}: {_NO_NESTED}")

@@ -13,7 +13,7 @@ from typing import Literal, Self
 import numpy as np
 
 from lasskvm.engine.engine import Transmitter
-from lasskvm.errors import LassKvmError
+from lasskvm.errors import LassKvmError, MemoryLayoutError
 from lasskvm.kvm.clock import Clock, VirtualClock
 from lasskvm.kvm.iobus import DeviceState, MmioBus, PortBus
 from lasskvm.kvm.irqchip import InterruptChips, Pit
@@ -24,6 +24,8 @@ from lasskvm.kvm.snapshot_state import load_vm, save_vm
 from lasskvm.kvm.structures import MsrFilterRange
 from lasskvm.kvm.vcpu import Vcpu
 from lasskvm.memory import PAGE_DIRTY, SLOT_LOG_DIRTY_PAGES, GuestMemory, allocate
+from lasskvm.sgx.encls import Encls
+from lasskvm.sgx.epc import Epc
 from lasskvm.state import TLB_FLUSH
 
 __all__ = ["ExecutionEngine", "Vm"]
@@ -31,6 +33,8 @@ __all__ = ["ExecutionEngine", "Vm"]
 #: What executes guest code.
 ExecutionEngine = Literal["jit", "emulator"]
 
+#: What an EPC's keys are derived from when nobody says otherwise: with it, two runs of a guest print the same.
+DEFAULT_EPC_SECRET = b"lasskvm"
 #: The bitmap of a dirty log comes in words of this many bytes.
 _DIRTY_WORD_BYTES = 8
 
@@ -58,6 +62,8 @@ class Vm:
         self.irqchip: InterruptChips | None = None
         self.pit: Pit | None = None
         self.vcpu: Vcpu | None = None
+        #: ENCLS of the guest and its EPC (:meth:`create_epc`); without, ENCLS is #UD.
+        self.sgx: Encls | None = None
         #: Which accesses of the guest to MSRs leave for the VMM; None: none.
         self.msr_filter: MsrFilter | None = None
         #: The console whose output is coalesced (``KVM_REGISTER_COALESCED_MMIO`` with ``pio``); set it before the first
@@ -82,8 +88,47 @@ class Vm:
         if memory is None:
             self.memory.delete_slot(slot)
         else:
+            if self.epc is not None and _overlap(self.epc, gpa, len(memory)):
+                raise MemoryLayoutError(
+                    f"memory slot {slot} at {gpa:#x} overlaps the EPC at {self.epc.base:#x}; move one of them"
+                )
             self.memory.set_slot(slot, gpa, memory, flags)
         self._forget_translations()
+
+    @property
+    def epc(self) -> Epc | None:
+        """The guest's enclave page cache, if it has one."""
+        return None if self.sgx is None else self.sgx.epc
+
+    def create_epc(self, base: int, size: int, secret: bytes = DEFAULT_EPC_SECRET) -> Epc:
+        """Give the guest its only EPC, *size* bytes at gpa *base*: in KVM a memory slot of ``/dev/sgx_vepc``.
+
+        The guest knows of it by CPUID: :func:`lasskvm.sgx.enumeration.with_epc`. For all but ENCLS it is a device that
+        answers with all ones and drops what is written; fetches from it are #UD. *secret* is what the keys of the
+        guest's processor come from. A VMM empties the EPC when it resets the machine (``Epc.reset()``). Every attribute
+        that leaf 12H offers can be used, PROVISIONKEY too: there is no key behind it that KVM_CAP_SGX_ATTRIBUTE would
+        have to guard.
+
+        Raises :class:`MemoryLayoutError` for a range that is not page-aligned, overlaps memory, or is more than the
+        host has, and :class:`LassKvmError` for a second EPC or one that overlaps a device.
+
+        >>> vm = Vm()
+        >>> vm.create_epc(0x1_0000_0000, 0x80_0000).free_pages
+        2048
+        """
+        if self.epc is not None:
+            raise LassKvmError("this VM has its EPC already; make one of the size that is needed")
+        epc = Epc(base, size)
+        for slot in self.memory:
+            if _overlap(epc, slot.gpa, slot.size):
+                raise MemoryLayoutError(
+                    f"the EPC at {base:#x} overlaps memory slot {slot.number} at {slot.gpa:#x}; move one of them"
+                )
+        self.mmio.register(epc)
+        self.sgx = Encls(epc, secret)
+        if self.vcpu is not None:
+            self.vcpu.emulation.sgx = self.sgx
+        return epc
 
     def _forget_translations(self) -> None:
         if self.vcpu is not None:
@@ -238,3 +283,7 @@ class Vm:
     def memory_size(self) -> int:
         """Bytes of guest memory in all slots."""
         return sum(slot.size for slot in self.memory)
+
+
+def _overlap(epc: Epc, gpa: int, size: int) -> bool:
+    return gpa < epc.base + epc.size and epc.base < gpa + size

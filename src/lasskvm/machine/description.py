@@ -6,11 +6,13 @@ the BIOS area, where kernels look for them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 from lasskvm.kvm.interface import VcpuInterface
 from lasskvm.machine.acpi import BIOS_AREA_START, AcpiTables
 from lasskvm.machine.bios_data import place_bios_data
+from lasskvm.machine.boot.e820 import E820Entry
 from lasskvm.machine.devices.cmos_map import describe_machine
 from lasskvm.machine.devices.fw_cfg_items import (
     BOOT_FAIL_WAIT_FILE,
@@ -31,13 +33,18 @@ __all__ = ["describe", "leave_as_firmware"]
 _WRITE_BACK = 6
 
 
-def describe(hardware: Hardware, low_memory: int, high_memory: int) -> None:
-    """Fill CMOS and fw_cfg of a machine with *low_memory* bytes from 0 and *high_memory* bytes from 4 GiB."""
+def describe(
+    hardware: Hardware, low_memory: int, high_memory: int, reserved: Iterable[E820Entry] = ()
+) -> None:
+    """Fill CMOS and fw_cfg of a machine with *low_memory* bytes from 0 and *high_memory* bytes from 4 GiB.
+
+    *reserved* are ranges behind its memory.
+    """
     describe_machine(hardware.rtc.cmos, low_memory, high_memory)
     fw_cfg = hardware.fw_cfg
     for key, data in machine_items(low_memory + high_memory).items():
         fw_cfg.add_item(key, data)
-    fw_cfg.add_file(E820_FILE, e820_file(low_memory, high_memory))
+    fw_cfg.add_file(E820_FILE, e820_file(low_memory, high_memory, reserved))
     # There is no screen: what firmware would show on one goes to the serial port.
     fw_cfg.add_file(SERIAL_CONSOLE_FILE, serial_console(COM1_PORT))
     # Another try would find as little to boot from.

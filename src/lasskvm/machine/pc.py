@@ -25,15 +25,16 @@ from lasskvm.kvm.exits import Exit, FailEntryExit, SystemEventExit, UnknownExit
 from lasskvm.kvm.irqchip.routing import pc_routes
 from lasskvm.kvm.providers import Provider
 from lasskvm.kvm.snapshot import Document, open_snapshot
-from lasskvm.kvm.snapshot_state import restore_vm, saved_clock, saved_cpuid
+from lasskvm.kvm.snapshot_state import memory_regions, restore_vm, saved_clock, saved_cpuid
 from lasskvm.machine.boot import Entry, place_firmware, shadow_firmware
+from lasskvm.machine.boot.e820 import E820Entry, E820Map, E820Type
 from lasskvm.machine.description import describe, leave_as_firmware
 from lasskvm.machine.ending import STATUS_CRASHED, STATUS_TIMEOUT, End, Ending
 from lasskvm.machine.hardware import Hardware
 from lasskvm.machine.optional_devices import DeviceRequest
 from lasskvm.machine.power_on import PowerOnState
 from lasskvm.machine.provider import open_board
-from lasskvm.machine.ram import HIGH_MEMORY_START, RAM_SLOTS, place_ram
+from lasskvm.machine.ram import HIGH_MEMORY_START, RAM_SLOTS, epc_base, place_ram
 from lasskvm.machine.snapshot import device_states, machine_of, restore_devices, save_machine
 from lasskvm.x86.cpu_models import CpuModel, parse_cpu
 
@@ -62,10 +63,10 @@ class Pc:
     of :class:`~lasskvm.kvm.Vm`.
 
     *firmware* is a ROM for the reset vector; without it, :meth:`boot` or :meth:`enter` says what runs. *devices* are
-    those beyond the usual ones. *on_reset* and *on_shutdown* say what follows a reset that the guest asks for, and a
-    triple fault. A machine that was started by :meth:`enter` ends in any case: nothing is there to start again.
+    those beyond the usual ones. *epc_size* bytes behind all RAM are an enclave page cache, for a *cpu* with SGX.
+    *on_reset* and *on_shutdown* say what follows a reset that the guest asks for, and a triple fault. A machine that was started by :meth:`enter` ends in any case: nothing is there to start again.
 
-    Raises :class:`~lasskvm.errors.MemoryLayoutError` for a memory size that is too small, or more than this host has,
+    Raises :class:`~lasskvm.errors.MemoryLayoutError` for memory or an EPC that is too small, or more than this host has,
     :class:`~lasskvm.errors.DeviceError` for devices that contradict each other, and
     :class:`~lasskvm.errors.HostError` when the host has no KVM for the host provider.
     """
@@ -82,6 +83,7 @@ class Pc:
         provider: Provider = "soft",
         firmware: bytes | None = None,
         devices: Iterable[DeviceRequest] = (),
+        epc_size: int = 0,
         on_reset: OnEvent = "reset",
         on_shutdown: OnEvent = "exit",
     ) -> None:
@@ -93,7 +95,7 @@ class Pc:
         self._on_reset, self._on_shutdown = on_reset, on_shutdown
         self._firmware = firmware
         self._requests = tuple(devices)
-        self._memory_size = memory_size
+        self._memory_size, self._epc_size = memory_size, epc_size
         self._ending: Ending | None = None
         self._reset_wanted = False
         self._exits_since_turn = 0
@@ -106,12 +108,15 @@ class Pc:
         self.vm.create_irqchip()
         self.vm.create_pit2()
         self.vm.set_gsi_routing(pc_routes())
+        self._epc = None
+        if epc_size:
+            self._epc = self._board.create_epc(epc_base(high, epc_size, cpu.maxphyaddr), epc_size)
         self.vcpu = self._board.create_vcpu(cpu)
         self.hardware = Hardware(self._board, self._exit_ports, self, output, self._requests)
         self.uart = self.hardware.uart
         if firmware is not None:
             place_firmware(self.vm, firmware, _FIRMWARE_SLOT)
-        describe(self.hardware, low, high)
+        describe(self.hardware, low, high, self._reserved)
         self._power_on = PowerOnState.capture(self.vm, self.vcpu)
 
     @classmethod
@@ -141,16 +146,28 @@ class Pc:
                 # What the ROM holds comes with the memory.
                 firmware=bytes(machine["firmware_bytes"]) or None,
                 devices=[DeviceRequest(*request) for request in machine["requests"]],
+                epc_size=machine["epc_size"],
                 on_reset=machine["on_reset"],
                 on_shutdown=machine["on_shutdown"],
             )
             assert isinstance(pc.vm, Vm)
             pc.vcpu.set_cpuid2(saved_cpuid(vm_document))
             pc._power_on = PowerOnState.capture(pc.vm, pc.vcpu)
-            snapshot.load_memory(pc.vm.memory)
+            snapshot.load_memory(memory_regions(pc.vm))
             restore_vm(pc.vm, vm_document)
             pc._restore(machine)
         return pc
+
+    @property
+    def _reserved(self) -> list[E820Entry]:
+        """What no memory is at and no device may be put to."""
+        epc = self._epc
+        return [] if epc is None else [E820Entry(epc.base, epc.base + epc.size, E820Type.RESERVED)]
+
+    @property
+    def memory_map(self) -> E820Map:
+        """What an image is told of the guest-physical address space."""
+        return E820Map.of_memory(self.vm.memory, self._reserved)
 
     def boot(self, load_image: Callable[[int], Entry]) -> None:
         """Start with what *load_image* puts into memory, now and after each reset.
@@ -234,6 +251,7 @@ class Pc:
             raise SnapshotError(f"the machine cannot be saved, it is at its end: {self._ending.end.value}")
         machine = {
             "memory_size": self._memory_size,
+            "epc_size": self._epc_size,
             "devices": device_states(self.hardware.saved),
             "firmware_bytes": 0 if self._firmware is None else len(self._firmware),
             "requests": [tuple(vars(request).values()) for request in self._requests],
@@ -362,6 +380,8 @@ class Pc:
         """Start again as behind power-on, with memory as it is, but for what is loaded anew."""
         self._reset_wanted = False
         self.hardware.reset()
+        if self._epc is not None:
+            self._epc.reset()
         self._power_on.restore(self.vm, self.vcpu)
         if self._firmware is not None:
             # As it lies in memory: of a machine that was loaded, nothing else is known.

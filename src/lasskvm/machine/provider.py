@@ -11,12 +11,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
 
+from lasskvm.errors import MemoryLayoutError
 from lasskvm.kvm import Clock, ExecutionEngine, Exit, HltExit, HostClock, IntrExit, MmioBus, PortBus, Vm, host
 from lasskvm.kvm.clock import NANOSECONDS_PER_SECOND
 from lasskvm.kvm.interface import VcpuInterface, VmInterface
 from lasskvm.kvm.providers import Provider
 from lasskvm.kvm.structures import MpState
 from lasskvm.machine.devices.uart16550 import Uart16550
+from lasskvm.sgx.enumeration import with_epc
+from lasskvm.sgx.epc import Epc
 from lasskvm.x86.cpu_models import CpuModel
 from lasskvm.x86.cpuid import FEATURES, LEAF_FEATURES, LEAF_MAX_BASIC, CpuidEntry, CpuidTable
 from lasskvm.x86.registers import RFLAGS_IF
@@ -38,6 +41,9 @@ class Board(Protocol):
     ports: PortBus
     #: The same in memory space.
     mmio: MmioBus
+
+    def create_epc(self, base: int, size: int) -> Epc:
+        """An enclave page cache, before the vCPU is made; :class:`MemoryLayoutError` where it cannot be."""
 
     def create_vcpu(self, cpu: CpuModel) -> VcpuInterface:
         """The vCPU, with the CPUID of *cpu* as far as this provider can give it."""
@@ -90,10 +96,15 @@ class SoftBoard:
         self.clock = self._vm.clock
         self.ports, self.mmio = self._vm.ports, self._vm.mmio
 
+    def create_epc(self, base: int, size: int) -> Epc:
+        """An EPC on the VM's bus, which :meth:`create_vcpu` then tells the guest of."""
+        return self._vm.create_epc(base, size)
+
     def create_vcpu(self, cpu: CpuModel) -> VcpuInterface:
         """The vCPU; this provider gives every feature that a model can have."""
         self._vcpu = self._vm.create_vcpu()
-        self._vcpu.set_cpuid2(cpu.entries())
+        entries = cpu.entries()
+        self._vcpu.set_cpuid2(entries if self._vm.epc is None else with_epc(entries, self._vm.epc))
         return self._vcpu
 
     def missing_features(self) -> list[str]:
@@ -137,6 +148,12 @@ class HostBoard:
         self.ports, self.mmio = exit_ports, exit_mmio
         self._missing: list[str] = []
         self._exits = 0
+
+    def create_epc(self, base: int, size: int) -> Epc:
+        """Never: :class:`MemoryLayoutError`."""
+        raise MemoryLayoutError(
+            "enclaves on /dev/kvm are not supported; use --backend soft, or leave --epc out"
+        )
 
     def create_vcpu(self, cpu: CpuModel) -> VcpuInterface:
         """The vCPU, with what this host's processor and KVM have of *cpu*."""

@@ -7,6 +7,8 @@ Source: Intel SDM volume 3D, 38.1.3 (error codes in RAX, and the flags) and 38.3
 
 from __future__ import annotations
 
+from typing import Any
+
 from lasskvm.emulator.completion import complete
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.decode import Decoded
@@ -31,6 +33,10 @@ class Encls:
     """
 
     def __init__(self, epc: Epc, secret: bytes) -> None:
+        self._use(epc, secret)
+
+    def _use(self, epc: Epc, secret: bytes) -> None:
+        self._secret = secret
         self._unit = SgxUnit(epc, LaunchControl(secret), PagingCrypto(secret))
 
     @property
@@ -42,6 +48,22 @@ class Encls:
     def launch(self) -> LaunchControl:
         """Launch control, for those who make EINITTOKENs."""
         return self._unit.launch
+
+    def is_epc(self, gpa: int) -> bool:
+        """Whether guest-physical *gpa* is in the enclave page cache."""
+        return self.epc.contains(gpa)
+
+    def get_state(self) -> dict[str, Any]:
+        """The secret and the EPC's state without what its pages hold, as names and values for JSON."""
+        return {"secret": self._secret.hex(), "epc": self.epc.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on as the one that *state* comes from, on an EPC whose pages hold again what they held.
+
+        Raises KeyError, TypeError or ValueError for what is no such state.
+        """
+        self.epc.set_state(state["epc"])
+        self._use(self.epc, bytes.fromhex(state["secret"]))
 
     def execute(self, ctx: Emulation, decoded: Decoded) -> None:
         """Execute the leaf function that EAX selects, one of SGX1, and complete the instruction.

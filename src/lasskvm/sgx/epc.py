@@ -13,13 +13,12 @@ Source: Intel SDM volume 3D, 35.5 (access control), 35.18 (version arrays), 35.1
 
 from __future__ import annotations
 
-import base64
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lasskvm.errors import MemoryLayoutError
+from lasskvm.memory import allocate
 from lasskvm.sgx.secs import Secs
 from lasskvm.x86 import sgx
 from lasskvm.x86.sgx import PageType
@@ -108,12 +107,18 @@ class Epc:
                 f"an EPC of {size:#x} bytes at {base:#x} cannot be: give it a positive multiple of 4 KiB below 4 PiB"
             )
         self.base, self.size = base, size
-        self._bytes = bytearray(size)
+        #: What the pages hold; those that are not valid hold zeros.
+        self.view = memoryview(allocate(size))
         self._entries: dict[int, EpcmEntry] = {}
         self._last_eid = 0
         self._last_version = 0
 
     # ------------------------------------------------------------------------------------------- pages and their bytes
+
+    @property
+    def gpa(self) -> int:
+        """``base``, as memory slots call it."""
+        return self.base
 
     def contains(self, gpa: int, size: int = 1) -> bool:
         """Whether all *size* bytes at *gpa* are in the EPC."""
@@ -138,16 +143,20 @@ class Epc:
         Raises ValueError when the page is valid already, is none of the EPC, or names an SECS that is not there:
         the leaf functions check all that first.
         """
-        if gpa & sgx.EPC_PAGE_MASK or not self.contains(gpa, sgx.EPC_PAGE_SIZE) or gpa in self._entries:
-            raise ValueError(f"{gpa:#x} is no free page of the EPC")
         if len(content) != sgx.EPC_PAGE_SIZE:
             raise ValueError(f"an EPC page has {sgx.EPC_PAGE_SIZE} bytes, not {len(content)}")
-        if entry.is_enclave_page:
-            self._secs_entry(entry.secs)
-        elif entry.secs is not None:
-            raise ValueError("SECS and VA pages belong to no enclave")
+        self._check(self._entries, gpa, entry)
         self._entries[gpa] = entry
         self.write(gpa, content)
+
+    def _check(self, entries: dict[int, EpcmEntry], gpa: int, entry: EpcmEntry) -> None:
+        """ValueError unless the page at *gpa* can become *entry* beside the valid pages *entries*."""
+        if gpa & sgx.EPC_PAGE_MASK or not self.contains(gpa, sgx.EPC_PAGE_SIZE) or gpa in entries:
+            raise ValueError(f"{gpa:#x} is no free page of the EPC")
+        if entry.is_enclave_page:
+            _require_secs(entries, entry.secs)
+        elif entry.secs is not None:
+            raise ValueError("SECS and VA pages belong to no enclave")
 
     def remove(self, gpa: int) -> None:
         """Free the valid page at *gpa*, and forget its bytes.
@@ -162,12 +171,12 @@ class Epc:
     def read(self, gpa: int, size: int = sgx.EPC_PAGE_SIZE) -> bytes:
         """*size* bytes at *gpa*, which are in the EPC."""
         offset = self._offset(gpa, size)
-        return bytes(self._bytes[offset : offset + size])
+        return bytes(self.view[offset : offset + size])
 
     def write(self, gpa: int, data: bytes) -> None:
         """Put *data* at *gpa*; all of it falls into the EPC."""
         offset = self._offset(gpa, len(data))
-        self._bytes[offset : offset + len(data)] = data
+        self.view[offset : offset + len(data)] = data
 
     def _offset(self, gpa: int, size: int) -> int:
         if not self.contains(gpa, size):
@@ -178,12 +187,12 @@ class Epc:
 
     def secs(self, gpa: int) -> Secs:
         """A copy of the SECS in the page at *gpa*. ValueError when that is no SECS page."""
-        self._secs_entry(gpa)
+        _require_secs(self._entries, gpa)
         return Secs.parse(self.read(gpa))
 
     def store_secs(self, gpa: int, secs: Secs) -> None:
         """Put *secs* into the SECS page at *gpa*. ValueError when that is no SECS page."""
-        self._secs_entry(gpa)
+        _require_secs(self._entries, gpa)
         self.write(gpa, secs.pack())
 
     def children(self, secs_gpa: int) -> int:
@@ -194,12 +203,6 @@ class Epc:
         """A new enclave identifier (CR_NEXT_EID); never zero, which is what pages outside enclaves have."""
         self._last_eid += 1
         return self._last_eid
-
-    def _secs_entry(self, gpa: int | None) -> EpcmEntry:
-        entry = None if gpa is None else self._entries.get(gpa)
-        if entry is None or entry.page_type != PageType.SECS:
-            raise ValueError("there is no SECS page" if gpa is None else f"{gpa:#x} is no SECS page")
-        return entry
 
     # ------------------------------------------------------------------------------------- blocking, tracking, versions
 
@@ -250,11 +253,15 @@ class Epc:
 
     def reset(self) -> None:
         """Free all pages, as when the processor is reset. Identifiers and versions go on, so that none comes twice."""
+        for gpa in self._entries:
+            self.write(gpa, bytes(sgx.EPC_PAGE_SIZE))
         self._entries.clear()
-        self._bytes[:] = bytes(self.size)
 
     def get_state(self) -> dict[str, Any]:
-        """All pages and counters, as names and values that JSON can hold."""
+        """What is known of the pages, and counters, as names and values that JSON can hold.
+
+        What the pages hold is in ``view``, and is to be saved and brought back like the memory of a slot.
+        """
         return {
             "base": self.base,
             "size": self.size,
@@ -268,36 +275,32 @@ class Epc:
                     "linear_address": entry.linear_address,
                     "blocked": entry.blocked,
                     "blocked_epoch": entry.blocked_epoch,
-                    "content": base64.b64encode(zlib.compress(self.read(gpa))).decode(),
                 }
                 for gpa, entry in self.entries()
             ],
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on as the EPC that *state* comes from; it has to have the same base and size.
+        """Go on as the EPC that *state* comes from; it has to have the same base and size, and ``view`` its content.
 
         Raises KeyError, TypeError or ValueError for what is no such state, and has changed nothing then.
         """
         if (state["base"], state["size"]) != (self.base, self.size):
             raise ValueError("the saved EPC is at another place or of another size")
-        loaded = Epc(self.base, self.size)
-        loaded._last_eid, loaded._last_version = int(state["last_eid"]), int(state["last_version"])
+        last_eid, last_version = int(state["last_eid"]), int(state["last_version"])
+        entries: dict[int, EpcmEntry] = {}
         # SECS pages first: the others name them.
         for page in sorted(state["pages"], key=lambda page: page["secs"] is not None):
+            gpa = page["gpa"]
             entry = EpcmEntry.from_secinfo_flags(page["secinfo"], page["linear_address"], page["secs"])
             entry.blocked, entry.blocked_epoch = bool(page["blocked"]), int(page["blocked_epoch"])
-            loaded.add(page["gpa"], entry, _inflate(page["content"]))
-        self._entries, self._bytes = loaded._entries, loaded._bytes
-        self._last_eid, self._last_version = loaded._last_eid, loaded._last_version
+            self._check(entries, gpa, entry)
+            entries[gpa] = entry
+        self._entries, self._last_eid, self._last_version = entries, last_eid, last_version
 
 
-def _inflate(content: str) -> bytes:
-    """The bytes of a saved page; ValueError for what is none."""
-    try:
-        # One byte more than a page tells a page from what is longer.
-        return zlib.decompressobj().decompress(
-            base64.b64decode(content, validate=True), sgx.EPC_PAGE_SIZE + 1
-        )
-    except zlib.error as error:
-        raise ValueError(f"a saved EPC page is damaged: {error}") from None
+def _require_secs(entries: dict[int, EpcmEntry], gpa: int | None) -> None:
+    """ValueError unless the valid page at *gpa* is an SECS."""
+    entry = None if gpa is None else entries.get(gpa)
+    if entry is None or entry.page_type != PageType.SECS:
+        raise ValueError("there is no SECS page" if gpa is None else f"{gpa:#x} is no SECS page")

@@ -9,6 +9,7 @@ Source: Intel SDM volume 3C, chapter 26 (VMX non-root operation), 28.2 (what VM 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from lasskvm.emulator.context import Emulation
@@ -23,7 +24,7 @@ from lasskvm.vmx.guest_time import tsc_offset
 from lasskvm.vmx.intercepts import intercept_of, is_sensitive
 from lasskvm.vmx.intercepts_events import exception_exit
 from lasskvm.vmx.intercepts_faults import faults_before_exit
-from lasskvm.vmx.tpr_shadow import read_cr8, uses_tpr_shadow, write_cr8
+from lasskvm.vmx.tpr_shadow import read_cr8, tpr_threshold_exit, uses_tpr_shadow, write_cr8
 from lasskvm.vmx.vmcs import Vmcs12
 from lasskvm.x86 import vmx
 from lasskvm.x86.ept import exit_qualification, exit_reason
@@ -48,16 +49,25 @@ _INTERRUPTION_TYPES = {
 class NonRootOperation:
     """L2 of *vmcs* between two transitions: a :class:`~lasskvm.emulator.context.NonRoot`.
 
-    *words* is L2's state, *memory* L1's. ``trap_exit`` is a VM exit that is due behind the instruction that caused it.
+    *words* is L2's state, *memory* L1's. ``trap_exit`` is a VM exit that is due behind the instruction that causes it;
+    *trap_is_due* is called then. A VMCS with a task priority below the threshold cannot be entered: where L2 of one
+    goes on, its exit is due.
     """
 
-    def __init__(self, vmcs: Vmcs12, words: Words, memory: GuestMemory) -> None:
+    def __init__(
+        self,
+        vmcs: Vmcs12,
+        words: Words,
+        memory: GuestMemory,
+        trap_is_due: Callable[[], None] = lambda: None,
+    ) -> None:
         self.vmcs = vmcs
         self._words = words
         self.tsc_offset = tsc_offset(vmcs)
-        self.trap_exit: NestedExit | None = None
         self._memory = memory
+        self._trap_is_due = trap_is_due
         self._uses_tpr_shadow = uses_tpr_shadow(vmcs)
+        self.trap_exit = tpr_threshold_exit(vmcs, memory) if self._uses_tpr_shadow else None
         pin_based = vmcs[VmcsField.PIN_BASED_VM_EXEC_CONTROL]
         #: Physical NMIs that exit are not L2's to unblock, unless it has virtual ones.
         self.iret_unblocks_nmis = bool(
@@ -104,6 +114,8 @@ class NonRootOperation:
         if not self._uses_tpr_shadow:
             return False
         self.trap_exit = write_cr8(self.vmcs, self._memory, value)
+        if self.trap_exit is not None:
+            self._trap_is_due()
         return True
 
 

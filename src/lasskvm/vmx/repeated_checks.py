@@ -1,15 +1,16 @@
 """The checks of a VM entry, without those whose answer is known from the last VM entry.
 
 A hypervisor enters its guest again and again with a VMCS in which a handful of fields have changed. What a check finds
-depends on fields, on the capabilities, and in three cases on memory; so a group of checks that was passed is passed
-again as long as its fields hold the same values. Nothing else is assumed: not even that what a VM exit saves would be
-right.
+depends on fields, on the capabilities, on L1's mode, and in three cases on memory; so a group of checks that was passed
+is passed again as long as its fields hold the same values. Nothing else is assumed: not even that what a VM exit saves
+would be right.
 """
 
 from __future__ import annotations
 
 from operator import itemgetter
 
+from lasskvm.emulator.modes import in_ia32e_mode
 from lasskvm.memory import GuestMemory
 from lasskvm.state import Words
 from lasskvm.vmx.capabilities import VmxCapabilities
@@ -45,6 +46,8 @@ class RepeatedChecks:
 
     def __init__(self) -> None:
         self._capabilities: VmxCapabilities | None = None
+        #: L1's mode, which it can change between VMXOFF and VMXON.
+        self._ia32e = False
         #: The fields that decide what VMX operation with the VMCS is like; the same object while they are the same.
         self.controls_and_host: tuple[int, ...] | None = None
         self._guest: tuple[object, ...] | None = None
@@ -54,12 +57,14 @@ class RepeatedChecks:
     ) -> None:
         """:func:`~lasskvm.vmx.entry_checks.check_controls_and_host_state`."""
         values = _controls_and_host(vmcs.fields)
-        if self._capabilities is capabilities and self.controls_and_host == values:
+        ia32e = in_ia32e_mode(words)
+        known = self._capabilities is capabilities and self._ia32e == ia32e
+        if known and self.controls_and_host == values:
             check_tpr_shadow(vmcs, memory, words)
             return
         self._guest = self.controls_and_host = None
         check_controls_and_host_state(vmcs, capabilities, memory, words)
-        self._capabilities, self.controls_and_host = capabilities, values
+        self._capabilities, self._ia32e, self.controls_and_host = capabilities, ia32e, values
 
     def guest_state(
         self,

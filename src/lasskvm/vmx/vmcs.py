@@ -151,14 +151,22 @@ class Vmcs12:
 
         The revision identifier is the caller's to compare: VMPTRLD fails for another one with error 11.
         """
-        _, abort, launch_state, *values = _VMCS12.unpack(memory.read(gpa, _VMCS12_BYTES))
-        return cls(launch_state == _LAUNCHED, abort, dict(zip(_KEYS, values, strict=True)))
+        return cls.unpack(memory.read(gpa, _VMCS12_BYTES))
 
     def store(self, memory: GuestMemory, gpa: int) -> None:
         """Write everything to guest-physical *gpa*, page-aligned; lost where L1 has no memory that it may write."""
+        memory.store_bytes(gpa, self.pack())
+
+    @classmethod
+    def unpack(cls, region: bytes) -> Vmcs12:
+        """The VMCS in *region*, which has the bytes of a region's beginning or the whole of it."""
+        _, abort, launch_state, *values = _VMCS12.unpack_from(region)
+        return cls(launch_state == _LAUNCHED, abort, dict(zip(_KEYS, values, strict=True)))
+
+    def pack(self) -> bytes:
+        """The region's beginning, up to where all that follows is kept as it is."""
         launch_state = _LAUNCHED if self.launched else _CLEAR
-        data = _VMCS12.pack(VMCS12_REVISION, self.abort, launch_state, *map(self.fields.__getitem__, _KEYS))
-        memory.store_bytes(gpa, data)
+        return _VMCS12.pack(VMCS12_REVISION, self.abort, launch_state, *map(self.fields.__getitem__, _KEYS))
 
     def read(self, encoding: int) -> int:
         """VMREAD: the field that *encoding*, 64 bits, names, or its upper half; zero-extended.

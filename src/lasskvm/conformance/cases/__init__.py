@@ -1,7 +1,7 @@
-"""The conformance cases, one module for each group.
+"""The conformance cases, by group.
 
-A module has ``CASES``, all of one group; :func:`all_cases` collects them in the order of ``_MODULES``, which is that of
-the reports.
+A module has ``CASES``, all of one group, which for a large one is split over several modules; :func:`all_cases`
+collects them in the order of ``_MODULES``, which is that of the reports.
 """
 
 from __future__ import annotations
@@ -37,6 +37,17 @@ _MODULES = (
     "delivery",
     "debug",
     "msr",
+    "nested_enumeration",
+    "nested_operands",
+    "nested_entry",
+    "nested_guest",
+    "nested_paging",
+    "nested_cr4",
+    "sgx_enumeration",
+    "sgx_operands",
+    "sgx_places",
+    "sgx_enclaves",
+    "sgx_nested",
 )
 
 

@@ -15,15 +15,17 @@ from lasskvm.emulator.data_access import load
 from lasskvm.emulator.decode import SEGMENT_NUMBERS, Decoded
 from lasskvm.emulator.events import Event, EventKind, deliver_event
 from lasskvm.emulator.faults import DebugReport, GuestFault, general_protection, invalid_opcode
+from lasskvm.emulator.modes import in_virtual_8086_mode
 from lasskvm.emulator.operands import load_memory_operand, read_register
 from lasskvm.emulator.operation import Builder, Executor, Handler
 from lasskvm.emulator.syscalls import syscall64, sysenter, sysexit, sysret
-from lasskvm.emulator.virtual_8086 import check_iopl_sensitive
+from lasskvm.emulator.virtual_8086 import is_redirected
 from lasskvm.state import CPL, RCX, RFLAGS, TLB_FLUSH
 from lasskvm.x86.exceptions import BP, BR, DB, GP, OF
 from lasskvm.x86.registers import (
     DS,
     MASK32,
+    RFLAGS_IOPL,
     RFLAGS_OF,
 )
 
@@ -88,9 +90,12 @@ def _mwait(ctx: Emulation, decoded: Decoded) -> None:
 
 
 def _int(ctx: Emulation, decoded: Decoded) -> None:
-    """INT n. In virtual-8086 mode it needs IOPL 3."""
-    check_iopl_sensitive(ctx.words, "INT n")
-    _deliver_software_event(ctx, decoded, decoded.instruction.immediate8, EventKind.SOFTWARE)
+    """INT n. In virtual-8086 mode it needs IOPL 3, unless it goes to the program itself."""
+    words, vector = ctx.words, decoded.instruction.immediate8
+    needs_iopl = in_virtual_8086_mode(words) and not is_redirected(words, ctx.memory, vector)
+    if needs_iopl and words[RFLAGS] & RFLAGS_IOPL != RFLAGS_IOPL:
+        raise general_protection()
+    _deliver_software_event(ctx, decoded, vector, EventKind.SOFTWARE)
 
 
 def _int3(ctx: Emulation, decoded: Decoded) -> None:

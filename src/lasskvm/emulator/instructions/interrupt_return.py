@@ -23,7 +23,7 @@ from lasskvm.emulator.faults import Unhandleable, debug_trap, general_protection
 from lasskvm.emulator.modes import in_64bit_mode, in_ia32e_mode, in_real_mode, in_virtual_8086_mode
 from lasskvm.emulator.segments import real_mode_segment, set_segment, virtual_8086_segment
 from lasskvm.emulator.stack import Stack
-from lasskvm.emulator.virtual_8086 import check_iopl_sensitive
+from lasskvm.emulator.virtual_8086 import has_virtual_interrupts, set_virtual_interrupts
 from lasskvm.state import CPL, INTERRUPT_SHADOW, NMI_BLOCKED, RFLAGS, RIP, RSP, Words
 from lasskvm.x86.registers import (
     CS,
@@ -79,18 +79,20 @@ def _iret(ctx: Emulation, decoded: Decoded) -> None:
     if in_real_mode(words):
         _return_real(ctx, size, _REAL_MODE_FLAGS)
     elif in_virtual_8086_mode(words):
-        check_iopl_sensitive(words, "IRET")
-        _return_real(ctx, size, _VIRTUAL_8086_FLAGS)
+        is_virtual = has_virtual_interrupts(words, size)
+        _return_real(ctx, size, _PROGRAM_FLAGS if is_virtual else _VIRTUAL_8086_FLAGS, is_virtual=is_virtual)
     else:
         _return_protected(ctx, size)
 
 
-def _return_real(ctx: Emulation, size: int, changeable: int) -> None:
-    """Return in real mode, and from virtual-8086 mode to virtual-8086 mode."""
+def _return_real(ctx: Emulation, size: int, changeable: int, *, is_virtual: bool = False) -> None:
+    """Return in real mode, and from virtual-8086 mode to virtual-8086 mode, where VIF may stand for IF."""
     words = ctx.words
     stack = Stack(ctx)
     rip, selector, image = stack.pop(size), stack.pop(size) & _SELECTOR, stack.pop(size)
     check_branch_target(words, rip)
+    if is_virtual:
+        set_virtual_interrupts(words, image)
     stack.commit()
     set_segment(words, CS, real_mode_segment(words, CS, selector))
     _finish(words, rip, _merged_flags(words, image, size, changeable))

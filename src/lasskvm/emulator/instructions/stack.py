@@ -15,7 +15,7 @@ from lasskvm.emulator.completion import Handler, complete, next_rip
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.data_access import touch
 from lasskvm.emulator.decode import Decoded
-from lasskvm.emulator.faults import GuestFault, Unhandleable, debug_trap, general_protection
+from lasskvm.emulator.faults import EptFault, GuestFault, debug_trap, general_protection
 from lasskvm.emulator.modes import in_real_mode, in_virtual_8086_mode
 from lasskvm.emulator.operation import Builder, Executor
 from lasskvm.emulator.stack import (
@@ -27,7 +27,11 @@ from lasskvm.emulator.stack import (
     stack_loader,
     top_loader,
 )
-from lasskvm.emulator.virtual_8086 import check_iopl_sensitive
+from lasskvm.emulator.virtual_8086 import (
+    flags_with_virtual_interrupts,
+    has_virtual_interrupts,
+    set_virtual_interrupts,
+)
 from lasskvm.lass import WRITE
 from lasskvm.state import (
     CPL,
@@ -67,6 +71,8 @@ __all__ = ["HANDLERS", "PLAIN"]
 
 _USER_CPL = 3
 _V86_IOPL = 3
+#: CLI and STI have no operand; virtual interrupts are there for both sizes.
+_ANY_SIZE = 2
 _NESTING_LEVELS = 32
 #: In the order of PUSHA.
 _ALL_REGISTERS = (RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI)
@@ -111,7 +117,7 @@ def _pop(decoded: Decoded) -> Executor:
         release(ctx)
         try:
             store_operand(ctx, value)
-        except GuestFault:
+        except (GuestFault, EptFault):
             words[RSP] = pointer
             raise
 
@@ -222,9 +228,11 @@ def _leave(decoded: Decoded) -> Executor:
 def _pushf(ctx: Emulation, decoded: Decoded) -> None:
     """PUSHF: RF and VM are pushed as 0."""
     words = ctx.words
-    check_iopl_sensitive(words, "PUSHF")
+    size = -decoded.instruction.stack_pointer_increment
+    is_virtual = has_virtual_interrupts(words, size)
+    flags = flags_with_virtual_interrupts(words) if is_virtual else words[RFLAGS]
     stack = Stack(ctx)
-    stack.push(-decoded.instruction.stack_pointer_increment, words[RFLAGS] & ~(RFLAGS_RF | RFLAGS_VM))
+    stack.push(size, flags & ~(RFLAGS_RF | RFLAGS_VM))
     stack.commit()
     complete(ctx, decoded)
 
@@ -235,13 +243,15 @@ def _popf(ctx: Emulation, decoded: Decoded) -> None:
     It is single-stepped by the TF that it began with.
     """
     words = ctx.words
-    check_iopl_sensitive(words, "POPF")
     size: int = decoded.instruction.stack_pointer_increment
+    is_virtual = has_virtual_interrupts(words, size)
     stack = Stack(ctx)
     value = stack.pop(size)
+    if is_virtual:
+        set_virtual_interrupts(words, value)
     stack.commit()
     before = words[RFLAGS]
-    changed = _popf_flags(words) & (1 << 8 * size) - 1
+    changed = (_POPF_FLAGS if is_virtual else _popf_flags(words)) & (1 << 8 * size) - 1
     words[RFLAGS] = (before & (MASK64 ^ changed) | value & changed) & ~RFLAGS_RF
     words[RIP] = next_rip(words, decoded)
     words[INTERRUPT_SHADOW] = 0
@@ -261,28 +271,35 @@ def _popf_flags(words: Words) -> int:
 
 
 def _cli(ctx: Emulation, decoded: Decoded) -> None:
-    _require_iopl(ctx.words, "CLI")
-    ctx.words[RFLAGS] &= ~RFLAGS_IF
+    words = ctx.words
+    if _is_for_virtual_interrupts(words):
+        set_virtual_interrupts(words, 0)
+    else:
+        words[RFLAGS] &= ~RFLAGS_IF
     complete(ctx, decoded)
 
 
 def _sti(ctx: Emulation, decoded: Decoded) -> None:
-    """STI: interrupts that it enables wait for one more instruction."""
+    """STI: interrupts that it enables wait for one more instruction; virtual ones do not."""
     words = ctx.words
-    _require_iopl(words, "STI")
+    if _is_for_virtual_interrupts(words):
+        set_virtual_interrupts(words, RFLAGS_IF)
+        complete(ctx, decoded)
+        return
     enables = not words[RFLAGS] & RFLAGS_IF
     words[RFLAGS] |= RFLAGS_IF
     complete(ctx, decoded)
     words[INTERRUPT_SHADOW] = int(enables)
 
 
-def _require_iopl(words: Words, name: str) -> None:
-    """#GP(0) for CLI and STI above the privilege level that IOPL gives I/O to."""
-    check_iopl_sensitive(words, name)
+def _is_for_virtual_interrupts(words: Words) -> bool:
+    """Whether CLI and STI change VIF, not IF; #GP(0) above the privilege level that IOPL gives I/O to."""
+    if has_virtual_interrupts(words, _ANY_SIZE):
+        return True
     if in_real_mode(words) or in_virtual_8086_mode(words) or words[CPL] <= _iopl(words):
-        return
+        return False
     if words[CPL] == _USER_CPL and words[CR4] & CR4_PVI:
-        raise Unhandleable("CLI or STI with CR4.PVI: the virtual interrupt flag is not implemented")
+        return True
     raise general_protection()
 
 

@@ -20,7 +20,7 @@ from lasskvm.emulator.completion import Handler, complete
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.data_access import checks_alignment, load, store
 from lasskvm.emulator.decode import SEGMENT_NUMBERS, Decoded
-from lasskvm.emulator.faults import GuestFault
+from lasskvm.emulator.faults import EptFault, GuestFault
 from lasskvm.emulator.flags import KEPT, carry_flags
 from lasskvm.emulator.instructions.string_pieces import move_piece, store_piece
 from lasskvm.emulator.operation import Builder, Executor
@@ -183,7 +183,7 @@ def _batch(element: Executor, piece: _Piece | None, mask: int) -> Callable[[Emul
 
     def run(ctx: Emulation) -> bool:
         words = ctx.words
-        stepping = words[RFLAGS] & RFLAGS_TF
+        stepping = ctx.stepping or words[RFLAGS] & RFLAGS_TF
         # Data breakpoints and #AC concern single elements.
         by_piece = piece is not None and not stepping
         by_piece = by_piece and not words[DR7] & _DR7_ENABLED and not checks_alignment(ctx)
@@ -217,7 +217,7 @@ def _comparing_batch(decoded: Decoded, element: Executor, mask: int) -> Callable
         # The manual, on REP: a fault restores the flags, though not the registers.
         flags = words[RFLAGS]
         try:
-            for _ in range(1 if flags & RFLAGS_TF else _BATCH):
+            for _ in range(1 if ctx.stepping or flags & RFLAGS_TF else _BATCH):
                 element(ctx)
                 count = words[RCX]
                 words[RCX] = count & kept | count - 1 & mask
@@ -226,7 +226,7 @@ def _comparing_batch(decoded: Decoded, element: Executor, mask: int) -> Callable
                 if ctx.leave_block or ctx.watch_hits:
                     ctx.mmio.commit()
                     break
-        except GuestFault:
+        except (GuestFault, EptFault):
             words[RFLAGS] = flags
             raise
         return False

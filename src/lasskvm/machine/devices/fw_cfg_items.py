@@ -9,7 +9,7 @@ Source: the specification "QEMU Firmware Configuration (fw_cfg) Device" in QEMU'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lasskvm.machine.boot.e820 import E820Entry, E820Map, E820Type
@@ -94,15 +94,15 @@ def kernel_items(
     return items
 
 
-def e820_file(low_memory: int, high_memory: int) -> bytes:
-    """``etc/e820``: RAM from 0 to *low_memory*, and *high_memory* bytes from 4 GiB.
+def e820_file(low_memory: int, high_memory: int, reserved: Iterable[E820Entry] = ()) -> bytes:
+    """``etc/e820``: RAM from 0 to *low_memory*, *high_memory* bytes from 4 GiB, and what is *reserved* behind.
 
     Firmware cuts the legacy hole out itself.
     """
     entries = [E820Entry(0, low_memory, E820Type.RAM)]
     if high_memory:
         entries.append(E820Entry(FOUR_GIB, FOUR_GIB + high_memory, E820Type.RAM))
-    return E820Map(entries).to_bytes()
+    return E820Map([*entries, *reserved]).to_bytes()
 
 
 def serial_console(port: int) -> bytes:
