@@ -21,7 +21,6 @@ from lasskvm.engine.engine import Engine
 from lasskvm.kvm.clock import Timer, TimerState
 from lasskvm.state import EPTP, INTERRUPT_SHADOW, PF_INTERCEPTED, RFLAGS
 from lasskvm.vmx.capabilities import VmxCapabilities
-from lasskvm.vmx.entry_checks import secondary_controls
 from lasskvm.vmx.exit_record import NestedExit, VmExit
 from lasskvm.vmx.guest_time import timer_deadline
 from lasskvm.vmx.host_state import VmxAborted
@@ -149,7 +148,7 @@ class NestedOperation:
         self.non_root = ctx.non_root = NonRootOperation(
             vmcs, self._words, ctx.memory, trap_is_due=self._vcpu.kick
         )
-        uses_ept = secondary_controls(vmcs) & vmx.SECONDARY_EXEC_ENABLE_EPT
+        uses_ept = self.non_root.secondary & vmx.SECONDARY_EXEC_ENABLE_EPT
         self._words[EPTP] = vmcs[VmcsField.EPT_POINTER] if uses_ept else 0
         self._words[PF_INTERCEPTED] = int(may_intercept_page_faults(vmcs))
         self.monitor_trap_pending = False
@@ -245,15 +244,16 @@ class NestedOperation:
         something that waits for its end."""
         if self.non_root is None:
             return False
-        if self._primary & vmx.CPU_BASED_MONITOR_TRAP_FLAG:
+        primary = self.non_root.primary
+        if primary & vmx.CPU_BASED_MONITOR_TRAP_FLAG:
             return True
-        waiting = self._vcpu.events.nmi_pending or self._primary & vmx.CPU_BASED_NMI_WINDOW_EXITING
+        waiting = self._vcpu.events.nmi_pending or primary & vmx.CPU_BASED_NMI_WINDOW_EXITING
         return bool(waiting and self._words[INTERRUPT_SHADOW])
 
     @property
     def wants_nmi_window(self) -> bool:
         """Whether L1 wants to know when L2 can take an NMI."""
-        return self.non_root is not None and bool(self._primary & vmx.CPU_BASED_NMI_WINDOW_EXITING)
+        return self.non_root is not None and bool(self.non_root.primary & vmx.CPU_BASED_NMI_WINDOW_EXITING)
 
     @property
     def is_awaited(self) -> bool:
@@ -261,15 +261,11 @@ class NestedOperation:
         if self.non_root is None:
             return False
         exits = vmx.PIN_BASED_EXT_INTR_MASK | vmx.PIN_BASED_VMX_PREEMPTION_TIMER
-        return bool(self._current[VmcsField.PIN_BASED_VM_EXEC_CONTROL] & exits)
-
-    @property
-    def _primary(self) -> int:
-        return self._current[VmcsField.CPU_BASED_VM_EXEC_CONTROL]
+        return bool(self.non_root.pin_based & exits)
 
     def stepped(self) -> None:
         """L2 has executed an instruction by itself."""
-        if self.non_root is not None and self._primary & vmx.CPU_BASED_MONITOR_TRAP_FLAG:
+        if self.non_root is not None and self.non_root.primary & vmx.CPU_BASED_MONITOR_TRAP_FLAG:
             self.monitor_trap_pending = True
 
     def boundary(self) -> bool:
@@ -307,7 +303,7 @@ class NestedOperation:
             else:
                 break
         blocked = not words[RFLAGS] & RFLAGS_IF or words[INTERRUPT_SHADOW]
-        waiting = has_interrupt or self._primary & vmx.CPU_BASED_INTR_WINDOW_EXITING
+        waiting = has_interrupt or self.non_root.primary & vmx.CPU_BASED_INTR_WINDOW_EXITING
         return bool(blocked and waiting)
 
     def _deliver_entry_events(self) -> None:
@@ -339,7 +335,7 @@ class NestedOperation:
         if self.non_root is None:
             engine.leave_to_emulator(kinds)
             return
-        primary, secondary = self._primary, secondary_controls(self._current)
+        primary, secondary = self.non_root.primary, self.non_root.secondary
         kinds |= c.LEAVE_MSRS | c.LEAVE_PORTS
         if primary & vmx.CPU_BASED_CR3_LOAD_EXITING:
             kinds |= c.LEAVE_CR3

@@ -133,17 +133,29 @@ def check_volatile_guest_state(
     vmcs: Vmcs12, capabilities: VmxCapabilities, memory: GuestMemory, words: Words, current_gpa: int
 ) -> GuestStateViolation | None:
     """The part of :func:`check_guest_state` about what changes while a guest runs, or depends on memory."""
-    groups = (
-        (VmEntryFailure.DEFAULT, rip_and_rflags_violations(vmcs, words)),
-        (VmEntryFailure.DEFAULT, non_register_violations(vmcs, capabilities)),
-        (VmEntryFailure.NMI, nmi_violations(vmcs)),
-        (VmEntryFailure.VMCS_LINK_PTR, link_pointer_violations(vmcs, memory, words, current_gpa)),
-        (VmEntryFailure.PDPTE, pdpte_violations(vmcs, memory, words)),
-    )
-    for qualification, violations in groups:
-        for reason in violations:
-            return GuestStateViolation(qualification, reason)
+    for reason in rip_and_rflags_violations(vmcs, words):
+        return GuestStateViolation(VmEntryFailure.DEFAULT, reason)
+    if _has_non_register_state(vmcs):
+        for reason in non_register_violations(vmcs, capabilities):
+            return GuestStateViolation(VmEntryFailure.DEFAULT, reason)
+        for reason in nmi_violations(vmcs):
+            return GuestStateViolation(VmEntryFailure.NMI, reason)
+    for reason in link_pointer_violations(vmcs, memory, words, current_gpa):
+        return GuestStateViolation(VmEntryFailure.VMCS_LINK_PTR, reason)
+    for reason in pdpte_violations(vmcs, memory, words):
+        return GuestStateViolation(VmEntryFailure.PDPTE, reason)
     return None
+
+
+def _has_non_register_state(vmcs: Vmcs12) -> bool:
+    """Whether L2 is anything but active, with nothing blocked, pending, or injected. Then nothing can be wrong."""
+    fields = vmcs.fields
+    return bool(
+        fields[VmcsField.GUEST_INTERRUPTIBILITY_INFO]
+        or fields[VmcsField.GUEST_ACTIVITY_STATE]
+        or fields[VmcsField.GUEST_PENDING_DBG_EXCEPTIONS]
+        or fields[VmcsField.VM_ENTRY_INTR_INFO_FIELD] & vmx.INTR_INFO_VALID_MASK
+    )
 
 
 def _injects(vmcs: Vmcs12, kind: int) -> bool:

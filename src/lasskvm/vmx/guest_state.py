@@ -10,6 +10,7 @@ Source: Intel SDM volume 3C, 27.3.2 (loading guest state), 27.7.1 and 27.7.2 (in
 from __future__ import annotations
 
 from array import array
+from functools import lru_cache
 from operator import and_, itemgetter
 
 from lasskvm import state as s
@@ -64,14 +65,30 @@ def _kept_bits(field: VmcsField) -> int:
 
 
 # Fields that are loaded and saved as they are, but for the bits of _kept_bits(): in bulk, because a VM exit takes as
-# long as there are lines here. Segment registers are one run of state words, behind the other registers.
+# long as there are lines here. Segment registers are one run of state words, and the same ones come again and again.
+_REGISTER_KEYS, _REGISTER_WORDS = tuple(map(int, _REGISTER_FIELDS)), tuple(_REGISTER_FIELDS.values())
+_REGISTER_BITS = tuple(map(_kept_bits, _REGISTER_FIELDS))
+_register_values, _register_words = itemgetter(*_REGISTER_KEYS), itemgetter(*_REGISTER_WORDS)
 _SEGMENTS = slice(s.SEGMENTS, s.SEGMENTS + s.SEGMENT_WORDS * len(SEGMENT_FIELDS))
-_PLAIN_FIELDS = (*_REGISTER_FIELDS, *(field for fields in SEGMENT_FIELDS for field in fields))
-_PLAIN_KEYS = tuple(map(int, _PLAIN_FIELDS))
-_PLAIN_BITS = tuple(map(_kept_bits, _PLAIN_FIELDS))
-_REGISTER_WORDS = tuple(_REGISTER_FIELDS.values())
-_plain_values = itemgetter(*_PLAIN_KEYS)
-_register_words = itemgetter(*_REGISTER_WORDS)
+_SEGMENT_FIELDS = tuple(field for fields in SEGMENT_FIELDS for field in fields)
+_SEGMENT_KEYS = tuple(map(int, _SEGMENT_FIELDS))
+_SEGMENT_BITS = tuple(map(_kept_bits, _SEGMENT_FIELDS))
+_segment_values = itemgetter(*_SEGMENT_KEYS)
+_KNOWN_SEGMENTS = 256
+
+
+@lru_cache(_KNOWN_SEGMENTS)
+def _loaded_segments(values: tuple[int, ...]) -> memoryview[int]:
+    """The state words of segment registers with *values* in the VMCS."""
+    return memoryview(array("Q", map(and_, values, _SEGMENT_BITS)))
+
+
+@lru_cache(_KNOWN_SEGMENTS)
+def _saved_segments(words: bytes) -> dict[int, int]:
+    """The fields for segment registers whose state words are *words*."""
+    return dict(zip(_SEGMENT_KEYS, map(and_, memoryview(words).cast("Q"), _SEGMENT_BITS), strict=True))
+
+
 _LDTR_BASE, _LDTR_ATTRIBUTES = segment_word(r.LDTR, s.BASE), segment_word(r.LDTR, s.ATTRIBUTES)
 _SS_ATTRIBUTES = segment_word(r.SS, s.ATTRIBUTES)
 
@@ -124,9 +141,8 @@ def load_guest_state(ctx: Emulation, vmcs: Vmcs12) -> None:
     pdptes = guest_pdptes(vmcs, ctx.memory)
     words[s.CR0] = words[s.CR0] & CR0_UNCHANGED | vmcs[VmcsField.GUEST_CR0] & ~CR0_UNCHANGED
     words[s.RFLAGS] = vmcs[VmcsField.GUEST_RFLAGS]
-    values = list(map(and_, _plain_values(vmcs.fields), _PLAIN_BITS))
-    words[_SEGMENTS] = array("Q", values[len(_REGISTER_WORDS) :])
-    for word, value in zip(_REGISTER_WORDS, values, strict=False):
+    words[_SEGMENTS] = _loaded_segments(_segment_values(vmcs.fields))
+    for word, value in zip(_REGISTER_WORDS, _register_values(vmcs.fields), strict=True):
         words[word] = value
     words[s.CPL] = (words[_SS_ATTRIBUTES] & r.AR_DPL) >> r.AR_DPL_SHIFT
     if words[_LDTR_ATTRIBUTES] & r.AR_UNUSABLE:
@@ -185,8 +201,9 @@ def save_guest_state(ctx: Emulation, vmcs: Vmcs12, record: NestedExit, pending_d
     words = ctx.words
     vmcs[VmcsField.GUEST_CR0] = words[s.CR0]
     vmcs[VmcsField.GUEST_RFLAGS] = _saved_rflags(words, record)
-    values = (*_register_words(words), *words[_SEGMENTS])
-    vmcs.fields.update(zip(_PLAIN_KEYS, map(and_, values, _PLAIN_BITS), strict=True))
+    values = map(and_, _register_words(words), _REGISTER_BITS)
+    vmcs.fields.update(zip(_REGISTER_KEYS, values, strict=True))
+    vmcs.fields.update(_saved_segments(words[_SEGMENTS].tobytes()))
     # The privilege level is SS.DPL to VMX, whatever SYSRET has left in the register.
     ss_rights = vmcs[VmcsField.GUEST_SS_AR_BYTES] & ~r.AR_DPL
     vmcs[VmcsField.GUEST_SS_AR_BYTES] = ss_rights | words[s.CPL] << r.AR_DPL_SHIFT

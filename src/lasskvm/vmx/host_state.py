@@ -6,6 +6,8 @@ Source: Intel SDM volume 3C, 28.5 (loading host state), 28.7 (VMX aborts); KVM's
 from __future__ import annotations
 
 from array import array
+from functools import lru_cache
+from operator import itemgetter
 
 from lasskvm import state as s
 from lasskvm.emulator.context import Emulation
@@ -36,17 +38,15 @@ _REGISTER_FIELDS = {
     VmcsField.HOST_IA32_SYSENTER_ESP: s.SYSENTER_ESP,
     VmcsField.HOST_IA32_SYSENTER_EIP: s.SYSENTER_EIP,
 }
-#: Selector and base of each segment register, ES to TR, where there are fields for them.
-_SEGMENTS = (
-    (VmcsField.HOST_ES_SELECTOR, None),
-    (VmcsField.HOST_CS_SELECTOR, None),
-    (VmcsField.HOST_SS_SELECTOR, None),
-    (VmcsField.HOST_DS_SELECTOR, None),
-    (VmcsField.HOST_FS_SELECTOR, VmcsField.HOST_FS_BASE),
-    (VmcsField.HOST_GS_SELECTOR, VmcsField.HOST_GS_BASE),
-    (None, None),
-    (VmcsField.HOST_TR_SELECTOR, VmcsField.HOST_TR_BASE),
-)
+_SEGMENT_FIELDS = (
+    VmcsField.HOST_ES_SELECTOR, VmcsField.HOST_CS_SELECTOR, VmcsField.HOST_SS_SELECTOR, VmcsField.HOST_DS_SELECTOR,
+    VmcsField.HOST_FS_SELECTOR, VmcsField.HOST_GS_SELECTOR, VmcsField.HOST_TR_SELECTOR, VmcsField.HOST_FS_BASE,
+    VmcsField.HOST_GS_BASE, VmcsField.HOST_TR_BASE,
+)  # fmt: skip
+_segment_values = itemgetter(*map(int, _SEGMENT_FIELDS))
+_SEGMENTS = slice(s.SEGMENTS, s.SEGMENTS + s.SEGMENT_WORDS * (r.TR + 1))
+#: A hypervisor has the same ones at every exit.
+_KNOWN_SEGMENTS = 64
 
 
 class VmxAborted(TripleFault):
@@ -82,7 +82,8 @@ def load_host_state(ctx: Emulation, vmcs: Vmcs12) -> None:
     else:
         words[s.EFER] = words[s.EFER] & ~_MODE_BITS | _MODE_BITS * ia32e
     words[s.GDT_LIMIT] = words[s.IDT_LIMIT] = _DESCRIPTOR_TABLE_LIMIT
-    _load_segments(words, vmcs, ia32e)
+    words[_SEGMENTS] = _segments(_segment_values(vmcs.fields), ia32e)
+    words[s.CPL] = 0
     words[s.INTERRUPT_SHADOW] = 0
     ctx.halted = False
     words[s.TLB_FLUSH] = 1
@@ -90,21 +91,22 @@ def load_host_state(ctx: Emulation, vmcs: Vmcs12) -> None:
         raise VmxAborted(VmxAbort.HOST_PDPTE_FAIL)
 
 
-def _load_segments(words: memoryview[int], vmcs: Vmcs12, ia32e: bool) -> None:
-    """Segments without descriptors: of most registers only the selector is given (28.5.2)."""
-    code = r.AR_CODE64 if ia32e else r.AR_CODE32
-    values = array("Q")
-    for selector_field, base_field in _SEGMENTS:
-        selector = 0 if selector_field is None else vmcs.fields[selector_field]
-        base = 0 if base_field is None else vmcs.fields[base_field]
-        if selector_field == VmcsField.HOST_CS_SELECTOR:
-            values.extend((selector, 0, _FLAT_LIMIT, code))
-        elif selector_field == VmcsField.HOST_TR_SELECTOR:
-            values.extend((selector, base, _TSS_LIMIT, r.AR_TSS64_BUSY))
-        elif selector:
-            values.extend((selector, base, _FLAT_LIMIT, r.AR_DATA))
-        else:
-            # 64-bit software uses the bases of FS and GS without segments, and the manual has them loaded.
-            values.extend((0, base, 0, r.AR_UNUSABLE))
-    words[s.SEGMENTS : s.SEGMENTS + s.SEGMENT_WORDS * len(_SEGMENTS)] = values
-    words[s.CPL] = 0
+@lru_cache(_KNOWN_SEGMENTS)
+def _segments(values: tuple[int, ...], ia32e: bool) -> memoryview[int]:
+    """The state words of all segment registers. Without descriptors, only the selector is given of most (28.5.2).
+
+    *values* are the fields of :data:`_SEGMENT_FIELDS`.
+    """
+    es, cs, ss, ds, fs, gs, tr, fs_base, gs_base, tr_base = values
+    words = array("Q", _data_segment(es))
+    words.extend((cs, 0, _FLAT_LIMIT, r.AR_CODE64 if ia32e else r.AR_CODE32))
+    for selector, base in ((ss, 0), (ds, 0), (fs, fs_base), (gs, gs_base)):
+        words.extend(_data_segment(selector, base))
+    words.extend((0, 0, 0, r.AR_UNUSABLE))
+    words.extend((tr, tr_base, _TSS_LIMIT, r.AR_TSS64_BUSY))
+    return memoryview(words)
+
+
+def _data_segment(selector: int, base: int = 0) -> tuple[int, int, int, int]:
+    """64-bit software uses the bases of FS and GS without segments, and the manual has them loaded."""
+    return (selector, base, _FLAT_LIMIT, r.AR_DATA) if selector else (0, base, 0, r.AR_UNUSABLE)

@@ -19,6 +19,7 @@ from lasskvm.emulator.faults import EptFault, GuestFault
 from lasskvm.memory import GuestMemory
 from lasskvm.state import CR8, EPT_FAULT_GPA, EPT_OUTCOME, RIP, Words
 from lasskvm.vmx.control_register_shadows import visible_cr0, visible_cr4
+from lasskvm.vmx.entry_checks import secondary_controls
 from lasskvm.vmx.exit_record import NestedExit, VmExit
 from lasskvm.vmx.guest_time import tsc_offset
 from lasskvm.vmx.intercepts import intercept_of, is_sensitive
@@ -68,7 +69,10 @@ class NonRootOperation:
         self._trap_is_due = trap_is_due
         self._uses_tpr_shadow = uses_tpr_shadow(vmcs)
         self.trap_exit = tpr_threshold_exit(vmcs, memory) if self._uses_tpr_shadow else None
-        pin_based = vmcs[VmcsField.PIN_BASED_VM_EXEC_CONTROL]
+        #: The controls, which do not change while L2 runs.
+        self.pin_based = pin_based = vmcs[VmcsField.PIN_BASED_VM_EXEC_CONTROL]
+        self.primary = vmcs[VmcsField.CPU_BASED_VM_EXEC_CONTROL]
+        self.secondary = secondary_controls(vmcs)
         #: Physical NMIs that exit are not L2's to unblock, unless it has virtual ones.
         self.iret_unblocks_nmis = bool(
             pin_based & vmx.PIN_BASED_VIRTUAL_NMIS or not pin_based & vmx.PIN_BASED_NMI_EXITING
