@@ -18,27 +18,15 @@ def guest_time(errors: str) -> str:
     return found[1]
 
 
-@pytest.fixture(scope="module")
-def program(busybox: Path) -> tuple[str | Path, ...]:
-    """What is booted for: words of the command line."""
-    return "--stats", "--", busybox, "sh", "-c", "cat /proc/uptime /proc/interrupts; exit 5"
-
-
-@pytest.fixture(scope="module")
-def whole(lasskvm: LassKvm, program: tuple[str | Path, ...]) -> Any:
-    """The boot without an interruption."""
-    return lasskvm(*program)
-
-
 @pytest.mark.parametrize("seconds", ["0.4", "1.1"])
 def test_a_boot_that_was_saved_ends_as_one_that_was_not(
     lasskvm: LassKvm,
     lasskvm_load: LassKvm,
-    program: tuple[str, ...],
-    whole: Any,
+    whole_boot: tuple[tuple[str, ...], Any],
     tmp_path: Path,
     seconds: str,
 ) -> None:
+    program, whole = whole_boot
     first = lasskvm("--save", tmp_path / "saved", "--save-after", seconds, *program)
     assert first.status == 0
     assert 0 < len(first.console) < len(whole.console)

@@ -56,11 +56,12 @@ def test_seabios_prints_no_line_into_another(seabios: list[str]) -> None:
 
 
 def test_memtest_knows_the_machine_and_begins_to_test_it(until: Callable[..., str]) -> None:
-    screen = until(MEMTEST, "Address test", "--memory", "32", "--append", "console=ttyS0,115200")
-    screen = _CONTROL_SEQUENCE.sub("\n", screen)
+    # It waits for seconds to pass before it shows anything, which takes far longer where the guest's clock counts code.
+    words = ("--memory", "16", "--clock", "host", "--append", "console=ttyS0,115200 nobench")
+    screen = _CONTROL_SEQUENCE.sub("\n", until(MEMTEST, "Address test", *words))
     assert re.search(r"Memtest86\+ v\d+", screen)
     assert "lasskvm virtual CPU" in screen
-    # Measured against the ACPI timer.
-    assert re.search(r"CLK/Temp: +(999|1000|1001)MHz", screen)
-    assert re.search(r"Memory +: +32MB", screen)
+    # Measured against the ACPI timer; by the host's clock it is as exact as the host is idle.
+    assert re.search(r"CLK/Temp: +(9\d\d|10\d\d)MHz", screen)
+    assert re.search(r"Memory +: +16MB", screen)
     assert re.search(r"Errors: 0\b", screen)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-LassKvm = Callable[..., Any]
-GuestProgram = Callable[[str], Path]
+GoesOn = Callable[..., Any]
 
 #: Expectations that do not hold yet, by program, with the row of docs/differences.md that each belongs to. One
 #: that begins to hold fails its test too, and is taken out here and there.
@@ -46,26 +44,25 @@ def check(run: Any, program: str, not_yet: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("program", ["selfmod", "exact", "debug", "fp"])
-def test_expectations_hold(lasskvm: LassKvm, guest_program: GuestProgram, program: str) -> None:
-    check(lasskvm("-q", "--", guest_program(program)), program, NOT_YET.get(program, {}))
+def test_expectations_hold(at_prompt: GoesOn, program: str) -> None:
+    check(at_prompt(f"/program/{program}\n"), program, NOT_YET.get(program, {}))
 
 
 @pytest.mark.parametrize(
     ("cpu", "lass", "refusal", "refusal_of_stack_accesses"),
     [
         pytest.param("max", "on", "trap 13 error 0", "trap 12 error 0", id="with_lass"),
-        pytest.param("max,-lass", "off", "trap 14", "trap 14", id="without_lass"),
+        pytest.param("max,-lass,-pku", "off", "trap 14", "trap 14", id="without_lass"),
     ],
 )
 def test_user_accesses_to_the_upper_half(
-    lasskvm: LassKvm,
-    guest_program: GuestProgram,
+    at_prompt: GoesOn,
     cpu: str,
     lass: str,
     refusal: str,
     refusal_of_stack_accesses: str,
 ) -> None:
-    run = lasskvm("-q", "--cpu", cpu, "--", guest_program("lass_user"))
+    run = at_prompt("/program/lass_user\n", cpu=cpu)
     assert f"LASS is {lass}, linear addresses have 48 bits" in run.lines
     for access in (
         "read kernel text",
@@ -88,14 +85,17 @@ def line_about(run: Any, access: str) -> str:
     [
         pytest.param("max", "on", "probably LASS violation for address 0x10000", id="with_lass"),
         pytest.param(
-            "max,-lass", "off", "unable to handle page fault for address: 0000000000010000", id="without_lass"
+            "max,-lass,-pku",
+            "off",
+            "unable to handle page fault for address: 0000000000010000",
+            id="without_lass",
         ),
     ],
 )
 def test_kernel_reports_its_own_access_to_the_lower_half(
-    lasskvm: LassKvm, guest_program: GuestProgram, cpu: str, lass: str, report: str
+    at_prompt: GoesOn, cpu: str, lass: str, report: str
 ) -> None:
-    run = lasskvm("-q", "--cpu", cpu, "--", guest_program("lass_supervisor"))
+    run = at_prompt("/program/lass_supervisor\n", cpu=cpu)
     assert f"LASS is {lass}" in run.lines
     assert report in line_about(run, "read")
     check(run, "lass_supervisor", {})

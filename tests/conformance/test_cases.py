@@ -14,7 +14,7 @@ from lasskvm.conformance.variants import Variant, plan
 GROUPS = {
     "enumeration", "modes", "data", "fetch", "rings", "stack", "segments", "strings", "operands", "fpu", "cache",
     "invalidation", "tables", "implicit", "wrap", "canonical", "branches", "syscalls", "compatibility", "delivery",
-    "debug", "msr", "lam", "nested",
+    "debug", "msr", "lam", "nested", "sgx",
 }  # fmt: skip
 
 

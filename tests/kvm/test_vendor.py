@@ -39,6 +39,7 @@ def test_an_amd_guest_is_not_offered_lass() -> None:
     vcpu.set_cpuid2(entries("AuthenticAMD"))
     table = CpuidTable(vcpu.get_cpuid2())
     assert not table.has("lass")
+    assert not table.has("vmx")
     assert table.has("smap")
     sregs = vcpu.get_sregs()
     with pytest.raises(OSError, match="CPUID does not allow CR4"):

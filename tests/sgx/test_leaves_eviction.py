@@ -25,34 +25,26 @@ from sgx_guest import (
     epc_fault,
 )
 from signing import PAGE, REG_RW, REG_RX, SIGNER, TCS, Page, Signing
+from two_pages import (
+    CODE,
+    DATA,
+    EBLOCK,
+    ELDB,
+    ELDU,
+    EREMOVE,
+    ETRACK,
+    EWB,
+    FIRST,
+    OTHER_SLOT,
+    SECOND,
+    SECS,
+    SLOT,
+    VA,
+    entry_of,
+)  # fmt: skip
 
-from lasskvm.sgx.epc import EpcmEntry
 from lasskvm.x86.exceptions import PF, PF_P, PF_W
 from lasskvm.x86.sgx import EnclsLeaf, PageType, SgxError
-
-EPA, EREMOVE, EBLOCK, ETRACK, EWB, ELDB, ELDU = (
-    EnclsLeaf.EPA, EnclsLeaf.EREMOVE, EnclsLeaf.EBLOCK, EnclsLeaf.ETRACK, EnclsLeaf.EWB, EnclsLeaf.ELDB, EnclsLeaf.ELDU,
-)  # fmt: skip
-CODE = Page(0x1000, REG_RX, bytes(range(256)) * 16, is_measured=False)
-DATA = Page(0x2000, REG_RW, b"data" * 1024, is_measured=False)
-SECS, FIRST, SECOND = EPC, EPC + PAGE, EPC + 2 * PAGE
-#: The version array and its slots.
-VA = EPC + 10 * PAGE
-SLOT, OTHER_SLOT = VA + 8, VA + 0xFF8
-
-
-@pytest.fixture
-def enclave(guest: SgxGuest) -> SgxGuest:
-    """An enclave of two pages, and a version array."""
-    guest.build([CODE, DATA])
-    guest.version_array(10)
-    return guest
-
-
-def entry_of(guest: SgxGuest, address: int) -> EpcmEntry:
-    entry = guest.epc.entry(guest.gpa(address))
-    assert entry is not None
-    return entry
 
 
 def put_ewb(guest: SgxGuest, destination: int = OUTSIDE, pcmd: int = PCMD, **fields: int) -> None:
@@ -86,8 +78,12 @@ def test_a_page_goes_out_sealed_and_comes_back(enclave: SgxGuest) -> None:
     after = entry_of(enclave, EPC + 5 * PAGE)
     assert enclave.epc.read(enclave.gpa(EPC + 5 * PAGE)) == CODE.content
     assert (after.page_type, after.permissions, after.secs, after.linear_address, after.blocked) == (
-        before.page_type, before.permissions, before.secs, before.linear_address, False,
-    )  # fmt: skip
+        before.page_type,
+        before.permissions,
+        before.secs,
+        before.linear_address,
+        False,
+    )
 
 
 def test_the_pcmd_says_what_was_written_out(enclave: SgxGuest) -> None:

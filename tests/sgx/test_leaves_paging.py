@@ -13,35 +13,10 @@ from sgx_guest import (
     SgxGuest,
     epc_fault,
 )
-from signing import PAGE, REG_RW, REG_RX, Page
+from signing import PAGE
+from two_pages import EBLOCK, EPA, EREMOVE, ETRACK, FIRST, SECOND, SECS, VA, entry_of
 
-from lasskvm.sgx.epc import EpcmEntry
-from lasskvm.x86.sgx import EnclsLeaf, PageType, SgxError
-
-EPA, EREMOVE, EBLOCK, ETRACK, EWB, ELDB, ELDU = (
-    EnclsLeaf.EPA, EnclsLeaf.EREMOVE, EnclsLeaf.EBLOCK, EnclsLeaf.ETRACK, EnclsLeaf.EWB, EnclsLeaf.ELDB, EnclsLeaf.ELDU,
-)  # fmt: skip
-CODE = Page(0x1000, REG_RX, bytes(range(256)) * 16, is_measured=False)
-DATA = Page(0x2000, REG_RW, b"data" * 1024, is_measured=False)
-SECS, FIRST, SECOND = EPC, EPC + PAGE, EPC + 2 * PAGE
-#: The version array and its slots.
-VA = EPC + 10 * PAGE
-SLOT, OTHER_SLOT = VA + 8, VA + 0xFF8
-
-
-@pytest.fixture
-def enclave(guest: SgxGuest) -> SgxGuest:
-    """An enclave of two pages, and a version array."""
-    guest.build([CODE, DATA])
-    guest.version_array(10)
-    return guest
-
-
-def entry_of(guest: SgxGuest, address: int) -> EpcmEntry:
-    entry = guest.epc.entry(guest.gpa(address))
-    assert entry is not None
-    return entry
-
+from lasskvm.x86.sgx import PageType, SgxError
 
 # ------------------------------------------------------------------------------------------------- EPA and EREMOVE
 

@@ -6,12 +6,10 @@ whose ENCLS cannot do even that is in error, and not in want of a feature.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lasskvm.conformance import enclaves, layout, signing
 from lasskvm.conformance.assembler import assemble
-from lasskvm.conformance.backends import Backend
 from lasskvm.conformance.case import Case, Mode
 from lasskvm.conformance.enclaves import Built, Side
 from lasskvm.conformance.nested_testbed import NestedTestbed
@@ -30,17 +28,18 @@ __all__ = ["NestedSgxTestbed", "SgxTestbed"]
 _AREA_GPA = 0x1D_0000
 _CODE_GPA, _INFO_GPA, _SOURCE_GPA, _STACK_GPA = (_AREA_GPA + PAGE_SIZE * number for number in range(4))
 _AREA_PAGES = 4
-_CODE, _INFO, _SOURCE, _STACK = (
-    layout.UPPER + gpa for gpa in (_CODE_GPA, _INFO_GPA, _SOURCE_GPA, _STACK_GPA)
-)
+_INFO, _SOURCE, _STACK = (layout.UPPER + gpa for gpa in (_INFO_GPA, _SOURCE_GPA, _STACK_GPA))
 #: The SECINFO in the page of the PAGEINFO.
 _SECINFO = 0x40
-_PROGRAM = f"""
+_CODE = assemble(
+    f"""
 leaf: encls; hlt
 leaf_end:
 empty: mov eax, {EnclsLeaf.EREMOVE}; encls; sub rcx, {PAGE_SIZE}; dec rdx; jne empty; hlt
 empty_end:
-"""
+""",
+    layout.UPPER + _CODE_GPA,
+)
 _SECS_FLAGS = 0
 _SSA_FRAME_SIZE = 1
 
@@ -62,20 +61,9 @@ class SgxTestbed(Testbed):
 
     __test__ = False
 
-    def __init__(
-        self,
-        backend: Backend,
-        entries: Iterable[CpuidEntry],
-        *,
-        levels: int = layout.DEFAULT_LEVELS,
-        timeout: float,
-    ) -> None:
-        entries = list(entries)
-        super().__init__(backend, entries, levels=levels, timeout=timeout)
+    def _processor(self, entries: list[CpuidEntry]) -> list[CpuidEntry]:
         size = enclaves.EPC_PAGES * PAGE_SIZE
-        self._vcpu.set_cpuid2(backend.give_epc(self._vm, entries, enclaves.EPC_GPA, size))
-        self._program = assemble(_PROGRAM, _CODE)
-        self._memory.write(_CODE_GPA, self._program.code)
+        return self._backend.give_epc(self._vm, super()._processor(entries), enclaves.EPC_GPA, size)
 
     def _build_memory(self) -> None:
         tables = self._tables
@@ -85,6 +73,7 @@ class SgxTestbed(Testbed):
             tables.map(side.value, enclaves.STRUCTURES_GPA, flags, enclaves.STRUCTURE_PAGES)
             tables.map(side.at(enclaves.EPC), enclaves.EPC_GPA, flags, enclaves.EPC_PAGES)
             tables.unmap(side.at(enclaves.ABSENT))
+        self._memory.write(_CODE_GPA, _CODE.code)
         super()._build_memory()
 
     def _prepare(self, case: Case) -> None:
@@ -111,10 +100,10 @@ class SgxTestbed(Testbed):
 
     def _execute_at(self, label: str, **registers: int) -> Regs:
         """Run the preparation's code at *label* to its HLT."""
-        start = self._program.labels[label]
+        start = _CODE.labels[label]
         self._vcpu.set_regs(Regs(rip=start, rsp=_STACK + PAGE_SIZE, **registers))
         reason, regs = self._run(Device()), self._vcpu.get_regs()
-        if not isinstance(reason, HltExit) or regs.rip != self._program.labels[f"{label}_end"]:
+        if not isinstance(reason, HltExit) or regs.rip != _CODE.labels[f"{label}_end"]:
             raise ProviderError(
                 f"ENCLS cannot prepare the case: {reason} at {regs.rip:#x}, RAX {regs.rax & MASK64:#x}"
             )

@@ -122,12 +122,16 @@ class Testbed:
         self._vm.set_user_memory_region(0, 0, self._vm.allocate(layout.MEMORY_BYTES))
         self._memory = self._vm.memory
         self._vcpu = self._vm.create_vcpu()
-        self._vcpu.set_cpuid2(entries)
+        self._vcpu.set_cpuid2(self._processor(list(entries)))
         self._power_on = self._vcpu.get_sregs()
         self._tables = PageTables(self._memory, levels)
         self._build_memory()
         self._cr3 = self._tables.root
         self._debug_registers_used = True
+
+    def _processor(self, entries: list[CpuidEntry]) -> list[CpuidEntry]:
+        """The CPUID of a processor with *entries* in this VM, which may get what belongs to it."""
+        return entries
 
     def _build_memory(self) -> None:
         """Everything that the guest has before the first case."""

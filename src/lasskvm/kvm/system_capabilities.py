@@ -4,7 +4,7 @@ from lasskvm.kvm.nested_state import NESTED_STATE_BYTES
 from lasskvm.kvm.registers_fpu import XSAVE_BYTES
 from lasskvm.memory import MAX_SLOTS
 
-__all__ = ["CAPABILITIES"]
+__all__ = ["CAPABILITIES", "KVM_CAP_NESTED_STATE"]
 
 _VCPUS = 1
 #: ``KVM_GUESTDBG_ENABLE``, ``SINGLESTEP``, ``USE_SW_BP`` and ``USE_HW_BP``.
@@ -12,6 +12,8 @@ _DEBUG_CONTROLS = 1 << 0 | 1 << 1 | 1 << 16 | 1 << 17
 #: ``KVM_MSR_EXIT_REASON_FILTER``.
 _MSR_EXIT_REASONS = 1 << 2
 
+#: Not there without nested virtualization.
+KVM_CAP_NESTED_STATE = 157
 #: Every capability that is there, and what it is worth. The rest is 0.
 CAPABILITIES: dict[int, int] = {
     0: 1,  # KVM_CAP_IRQCHIP
@@ -37,7 +39,7 @@ CAPABILITIES: dict[int, int] = {
     81: 1,  # KVM_CAP_READONLY_MEM
     128: _VCPUS,  # KVM_CAP_MAX_VCPU_ID
     136: 1,  # KVM_CAP_IMMEDIATE_EXIT
-    157: NESTED_STATE_BYTES,  # KVM_CAP_NESTED_STATE
+    KVM_CAP_NESTED_STATE: NESTED_STATE_BYTES,
     164: 1,  # KVM_CAP_EXCEPTION_PAYLOAD
     188: _MSR_EXIT_REASONS,  # KVM_CAP_X86_USER_SPACE_MSR
     189: 1,  # KVM_CAP_X86_MSR_FILTER

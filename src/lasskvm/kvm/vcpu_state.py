@@ -60,6 +60,7 @@ from lasskvm.x86.cpuid import (
     cr4_allowed,
     efer_allowed,
     feature_word,
+    without_features,
 )
 from lasskvm.x86.registers import CS, RFLAGS_AC
 
@@ -109,7 +110,7 @@ class StatefulVcpu(ExtendedRegisters, InterruptibleVcpu):
         given = tuple(entries)
         if not self.has_run:
             self._use_cpuid(given)
-        elif vendor_ops(given).offered(given) != self.cpuid.entries:
+        elif self._offered(given) != self.cpuid.entries:
             raise OSError(errno.EINVAL, "KVM_SET_CPUID2: the CPUID of a vCPU that has run cannot change")
 
     def get_cpuid2(self) -> list[CpuidEntry]:
@@ -119,7 +120,7 @@ class StatefulVcpu(ExtendedRegisters, InterruptibleVcpu):
     def _use_cpuid(self, entries: Iterable[CpuidEntry]) -> None:
         entries = tuple(entries)
         self.vendor: VendorOps = vendor_ops(entries)
-        table = CpuidTable(self.vendor.offered(entries))
+        table = CpuidTable(self._offered(entries))
         words = self.state.words
         words[MAXPHYADDR] = table.maxphyaddr
         words[CR4_ALLOWED], words[EFER_ALLOWED] = cr4_allowed(table), efer_allowed(table)
@@ -127,6 +128,11 @@ class StatefulVcpu(ExtendedRegisters, InterruptibleVcpu):
         self._make_emulation(table)
         if self._engine is not None:
             self._equip(self._engine)
+
+    def _offered(self, entries: tuple[CpuidEntry, ...]) -> tuple[CpuidEntry, ...]:
+        """Of the CPUID *entries*, what a vCPU of this VM can have."""
+        offered = vendor_ops(entries).offered(entries)
+        return offered if self.vm.nested else without_features(offered, ("vmx",))
 
     def _make_emulation(self, table: CpuidTable) -> None:
         """A context for a processor with this CPUID; the registers that it holds itself stay as they are."""

@@ -2,23 +2,23 @@
 
 KVM has one such table for each module, ``kvm_intel`` and ``kvm_amd``; here the vendor in the guest's CPUID chooses.
 LASS is Intel's: its operation is optional, and AMD's table has none, so a guest with an AMD processor is not offered
-LASS, whatever its CPUID entries say. ``docs/adr/0007-vendor-ops.md`` tells how the operation reaches instructions.
+LASS, whatever its CPUID entries say. Neither is it offered VMX. ``docs/adr/0007-vendor-ops.md`` tells how the operation
+reaches instructions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lasskvm.lass import is_lass_violation
-from lasskvm.x86.cpuid import EBX, ECX, EDX, FEATURES, LEAF_MAX_BASIC, CpuidEntry, CpuidTable
+from lasskvm.x86.cpuid import EBX, ECX, EDX, LEAF_MAX_BASIC, CpuidEntry, CpuidTable, without_features
 
 __all__ = ["Amd", "Intel", "LassRule", "VendorOps", "vendor_ops"]
 
 #: ``(address, size, flags, cpl, cr4, efer, rflags)``: :func:`lasskvm.lass.is_lass_violation`.
 LassRule = Callable[[int, int, int, int, int, int, int], bool]
 
-_LASS = FEATURES["lass"]
 _AMD_VENDORS = (b"AuthenticAMD", b"HygonGenuine")
 
 
@@ -28,22 +28,16 @@ class VendorOps:
 
     name: str
     is_lass_violation: LassRule | None = None
+    #: Features that no processor of this vendor has, and that something beside CPUID depends on.
+    lacking: tuple[str, ...] = ()
 
     def offered(self, entries: Iterable[CpuidEntry]) -> tuple[CpuidEntry, ...]:
         """The CPUID *entries* without the features that this vendor does not have."""
-        if self.is_lass_violation is not None:
-            return tuple(entries)
-        return tuple(map(_without_lass, entries))
-
-
-def _without_lass(entry: CpuidEntry) -> CpuidEntry:
-    if (entry.function, entry.index) != (_LASS.leaf, _LASS.subleaf):
-        return entry
-    return replace(entry, eax=entry.eax & ~(1 << _LASS.bit))
+        return without_features(entries, self.lacking)
 
 
 Intel = VendorOps("Intel", is_lass_violation)
-Amd = VendorOps("AMD")
+Amd = VendorOps("AMD", lacking=("lass", "vmx"))
 
 
 def vendor_ops(entries: Iterable[CpuidEntry]) -> VendorOps:

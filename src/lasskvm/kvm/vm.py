@@ -44,7 +44,8 @@ class Vm:
 
     *engine* says what executes the guest: ``"jit"``, direct execution with the emulator behind it, or ``"emulator"``
     alone. With *forced_emulation*, UD2 followed by the letters "kvm" has the next instruction emulated (the
-    ``force_emulation_prefix`` parameter of KVM).
+    ``force_emulation_prefix`` parameter of KVM). Without *nested*, no vCPU is offered VMX, whatever its CPUID entries
+    say (the ``nested`` parameter).
 
     >>> vm = Vm()
     >>> vm.set_user_memory_region(0, 0x0, vm.allocate(0x10000))
@@ -52,9 +53,12 @@ class Vm:
     0
     """
 
-    def __init__(self, engine: ExecutionEngine = "jit", *, forced_emulation: bool = False) -> None:
+    def __init__(
+        self, engine: ExecutionEngine = "jit", *, forced_emulation: bool = False, nested: bool = True
+    ) -> None:
         self.engine: ExecutionEngine = engine
         self.forced_emulation = forced_emulation
+        self.nested = nested
         self.memory = GuestMemory()
         self.ports = PortBus()
         #: Devices in guest-physical memory space; what none of them claims is an ``MmioExit``.

@@ -46,11 +46,7 @@ _TCS_STAGE_BYTES, _TCS_AEP_BYTES, _TCS_CSSA_BYTES = 8, 8, 4
 
 def _ecreate(ctx: Emulation, unit: SgxUnit) -> None:
     """RBX: PAGEINFO; RCX: a free EPC page, which becomes the SECS."""
-    pageinfo = MemoryOperand(ctx, register(ctx, RBX), sgx.PAGEINFO_SIZE)
-    target = EpcOperand(ctx, register(ctx, RCX))
-    require_aligned(pageinfo, target)
-    target.resolve(unit.epc)
-    info = PageInfo.parse(pageinfo.load())
+    target, info = _target_and_pageinfo(ctx, unit)
     source = source_page(ctx, info.source_page)
     secinfo = MemoryOperand(ctx, info.secinfo, sgx.SECINFO_SIZE)
     require_aligned(source, secinfo)
@@ -65,6 +61,15 @@ def _ecreate(ctx: Emulation, unit: SgxUnit) -> None:
     secs = Secs.created(page, unit.epc.next_eid())
     measurement.measure_create(secs)
     unit.epc.add(target.page, EpcmEntry(PageType.SECS), secs.pack())
+
+
+def _target_and_pageinfo(ctx: Emulation, unit: SgxUnit) -> tuple[EpcOperand, PageInfo]:
+    """The EPC page in RCX, resolved, and what the PAGEINFO in RBX says."""
+    pageinfo = MemoryOperand(ctx, register(ctx, RBX), sgx.PAGEINFO_SIZE)
+    target = EpcOperand(ctx, register(ctx, RCX))
+    require_aligned(pageinfo, target)
+    target.resolve(unit.epc)
+    return target, PageInfo.parse(pageinfo.load())
 
 
 def _is_acceptable(ctx: Emulation, page: bytes) -> bool:
@@ -93,11 +98,7 @@ def _is_acceptable(ctx: Emulation, page: bytes) -> bool:
 
 def _eadd(ctx: Emulation, unit: SgxUnit) -> None:
     """RBX: PAGEINFO; RCX: a free EPC page, which becomes a page of the enclave."""
-    pageinfo = MemoryOperand(ctx, register(ctx, RBX), sgx.PAGEINFO_SIZE)
-    target = EpcOperand(ctx, register(ctx, RCX))
-    require_aligned(pageinfo, target)
-    target.resolve(unit.epc)
-    info = PageInfo.parse(pageinfo.load())
+    target, info = _target_and_pageinfo(ctx, unit)
     source = source_page(ctx, info.source_page)
     secs_page = EpcOperand(ctx, info.secs)
     secinfo_operand = MemoryOperand(ctx, info.secinfo, sgx.SECINFO_SIZE)

@@ -11,8 +11,8 @@ for leaf 7, subleaf 1; Linux's documentation of KVM's CPUID leaves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lasskvm.x86 import registers as reg
@@ -30,6 +30,7 @@ __all__ = [
     "feature_word",
     "packed_words",
     "significant_index",
+    "without_features",
 ]
 
 #: The flag of an entry that holds one subleaf only, ``KVM_CPUID_FLAG_SIGNIFCANT_INDEX``.
@@ -138,6 +139,8 @@ def _feature_table() -> dict[str, Feature]:
     return table | {alias: table[name] for alias, name in ALIASES.items()}
 
 
+#: The registers of a CPUID entry by number.
+_REGISTER_NAMES = ("eax", "ebx", "ecx", "edx")
 #: Every feature that has a name here, and where it is found.
 FEATURES: dict[str, Feature] = _feature_table()
 
@@ -324,6 +327,21 @@ FEATURE_WORDS = (
     (LEAF_STRUCTURED_FEATURES, 1, EAX),
     (LEAF_EXTENDED_FEATURES, 0, EDX), (LEAF_EXTENDED_FEATURES, 0, ECX),
 )  # fmt: skip
+
+
+def without_features(entries: Iterable[CpuidEntry], names: Iterable[str]) -> tuple[CpuidEntry, ...]:
+    """*entries* without the features *names* (keys of :data:`FEATURES`)."""
+    cleared: dict[tuple[int, int], dict[str, int]] = {}
+    for name in names:
+        feature = FEATURES[name]
+        registers = cleared.setdefault((feature.leaf, feature.subleaf), {})
+        register = _REGISTER_NAMES[feature.register]
+        registers[register] = registers.get(register, 0) | 1 << feature.bit
+    return tuple(_without_bits(entry, cleared.get((entry.function, entry.index), {})) for entry in entries)
+
+
+def _without_bits(entry: CpuidEntry, bits: Mapping[str, int]) -> CpuidEntry:
+    return replace(entry, **{register: getattr(entry, register) & ~mask for register, mask in bits.items()})
 
 
 def feature_word(table: CpuidTable, place: tuple[int, int, int]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from features.probe import Probe, completed, faults, has_no_msr, is_undefined
 from lasskvm.conformance.guest import Guest
 from lasskvm.conformance.layout import HIGH_SUPERVISOR
-from lasskvm.sgx.encls import Encls
 from lasskvm.sgx.epc import Epc
 from lasskvm.x86.exceptions import GP, UD
 from lasskvm.x86.msr import MSR_IA32_SGXLEPUBKEYHASH0, MSR_IA32_SGXLEPUBKEYHASH3
@@ -20,8 +19,8 @@ NO_LEAF = 0x30
 
 def _give_epc(guest: Guest) -> Epc:
     """An empty EPC, whose first page is mapped for the kernel."""
-    epc = Epc(EPC_GPA, EPC_BYTES)
-    guest.vcpu.emulation.sgx = Encls(epc, b"secret")
+    epc = guest.vm.epc or guest.vm.create_epc(EPC_GPA, EPC_BYTES)
+    epc.reset()
     guest.tables.map(HIGH_SUPERVISOR, EPC_GPA, 0)
     return epc
 

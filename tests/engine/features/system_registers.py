@@ -33,13 +33,16 @@ from lasskvm.x86.exceptions import DB, GP, UD
 from lasskvm.x86.registers import (
     CR4_DE,
     CR4_FSGSBASE,
+    CR4_PVI,
     CR4_TSD,
     CR4_UMIP,
+    CR4_VME,
     DR6_B0,
     MASK32,
     MASK64,
     RFLAGS_CF,
     RFLAGS_IF,
+    RFLAGS_VIF,
 )
 
 NOT_CANONICAL = 1 << 63
@@ -202,6 +205,14 @@ def _fsgsbase(guest: Guest) -> None:
 UMIP_INSTRUCTIONS = ("sgdt [rbx]", "sidt [rbx]", "sldt eax", "str eax", "smsw eax")
 
 
+def _vme(guest: Guest) -> None:
+    """The half of it that is there outside virtual-8086 mode: a virtual interrupt flag for CPL 3 (CR4.PVI)."""
+    faults(guest, "sti", GP, 0, cpl=3)
+    guest.cr4 |= CR4_PVI
+    assert completed(guest, "sti; pushfq; pop rax", cpl=3).rax & RFLAGS_VIF
+    assert not completed(guest, "sti; cli; pushfq; pop rax", cpl=3).rax & RFLAGS_VIF
+
+
 def _umip(guest: Guest) -> None:
     for source in UMIP_INSTRUCTIONS:
         completed(guest, source, cpl=3, rbx=LOW_USER)
@@ -243,6 +254,7 @@ PROBES = {
         _fsgsbase,
         all_of(refuses_cr4(CR4_FSGSBASE), is_undefined("rdfsbase rax", "wrfsbase rax", "rdgsbase rax", "wrgsbase rax")),
     ),
+    "vme": Probe(_vme, all_of(refuses_cr4(CR4_VME), refuses_cr4(CR4_PVI))),
     "umip": Probe(_umip, refuses_cr4(CR4_UMIP)),
     "hypervisor": Probe(_hypervisor, _no_hypervisor),
 }  # fmt: skip
