@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
@@ -24,9 +24,11 @@ from lasskvm.kvm.snapshot_state import load_vm, save_vm
 from lasskvm.kvm.structures import MsrFilterRange
 from lasskvm.kvm.vcpu import Vcpu
 from lasskvm.memory import PAGE_DIRTY, SLOT_LOG_DIRTY_PAGES, GuestMemory, allocate
-from lasskvm.sgx.encls import Encls
 from lasskvm.sgx.epc import Epc
 from lasskvm.state import TLB_FLUSH
+
+if TYPE_CHECKING:
+    from lasskvm.sgx.encls import Encls
 
 __all__ = ["ExecutionEngine", "Vm"]
 
@@ -122,6 +124,9 @@ class Vm:
         """
         if self.epc is not None:
             raise LassKvmError("this VM has its EPC already; make one of the size that is needed")
+        # It brings a library of cryptography along, for which a guest without enclaves should not wait.
+        from lasskvm.sgx.encls import Encls
+
         epc = Epc(base, size)
         for slot in self.memory:
             if _overlap(epc, slot.gpa, slot.size):

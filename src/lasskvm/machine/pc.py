@@ -64,9 +64,10 @@ class Pc:
 
     *firmware* is a ROM for the reset vector; without it, :meth:`boot` or :meth:`enter` says what runs. *devices* are
     those beyond the usual ones. *epc_size* bytes behind all RAM are an enclave page cache, for a *cpu* with SGX.
-    *on_reset* and *on_shutdown* say what follows a reset that the guest asks for, and a triple fault. A machine that was started by :meth:`enter` ends in any case: nothing is there to start again.
+    *on_reset* and *on_shutdown* say what follows a reset that the guest asks for, and a triple fault. A machine that
+    was started by :meth:`enter` ends in any case: nothing is there to start again.
 
-    Raises :class:`~lasskvm.errors.MemoryLayoutError` for memory or an EPC that is too small, or more than this host has,
+    Raises :class:`~lasskvm.errors.MemoryLayoutError` for memory or an EPC that is too small or more than this host has,
     :class:`~lasskvm.errors.DeviceError` for devices that contradict each other, and
     :class:`~lasskvm.errors.HostError` when the host has no KVM for the host provider.
     """
