@@ -122,7 +122,7 @@ def test_the_rule_and_the_page_walk_are_defined_once() -> None:
 def test_rule_and_walk_meet_in_one_module() -> None:
     # `lasskvm explain` asks the rule about an access that nobody makes.
     assert modules_that_call("is_lass_violation") == {"lass.py", "emulator/mmu.py", "cli/explanation.py"}
-    walkers = {name_of(path) for path in MODULES if ("lasskvm.x86.paging", "walk_nested") in imports(path)}
+    walkers = {name_of(path) for path in MODULES if ("lasskvm.x86.paging", "walk") in imports(path)}
     assert walkers == {"emulator/mmu.py"}
 
 

@@ -12,7 +12,7 @@ import lasskvm.engine.physical  # noqa: F401  (gives compiled code its guest mem
 from lasskvm.lass import FETCH, WRITE
 from lasskvm.state import CR0, CR4, EFER, PDPTR0
 from lasskvm.x86.ept import GPA_OF_LINEAR, GPA_OF_PDPTES, GPA_OF_TABLE, ept_walk, exit_reason
-from lasskvm.x86.paging import walk_nested
+from lasskvm.x86.paging import walk
 from lasskvm.x86.vmx import MEMORY_TYPE_WB, VMX_EPTP_AD_ENABLE_BIT, VMX_EPTP_PWL_4
 from lasskvm.x86.vmx_exits import ExitReason
 
@@ -70,8 +70,8 @@ def test_page_walk_under_ept(rng: random.Random) -> None:
                 PHYSICAL_BITS, mode[PDPTR0 + (address >> 30 & 3)], rng.getrandbits(32), rng.getrandbits(32),
                 rng.choice((0, random_eptp(rng), random_eptp(rng), random_eptp(rng))),
             )  # fmt: skip
-            plain = walk_nested(twins.memories[0], *arguments)
-            assert native(walk_nested, twins.table, *arguments) == plain_result(plain), arguments
+            plain = walk(twins.memories[0], *arguments)
+            assert native(walk, twins.table, *arguments) == plain_result(plain), arguments
             results["exit" if plain[3] else "allowed" if plain[1] else "page fault"] += 1
         twins.assert_same_memory()
     assert min(results[kind] for kind in ("exit", "allowed", "page fault")) > ROUNDS // 4, results

@@ -73,7 +73,7 @@ def test_page_walk(rng: random.Random) -> None:
         rest = (
             address, rng.choice((0, WRITE, FETCH)), rng.choice((False, True)), mode[CR0], mode[CR3], mode[CR4],
             mode[EFER], rng.choice((False, True)), PHYSICAL_BITS, mode[PDPTR0 + (address >> 30 & 3)],
-            rng.getrandbits(32), rng.getrandbits(32),
+            rng.getrandbits(32), rng.getrandbits(32), 0,
         )  # fmt: skip
         plain = paging.walk(twins.memories[0], *rest)
         assert native(paging.walk, twins.table, *rest) == plain_result(plain), rest

@@ -40,7 +40,6 @@ from lasskvm.x86.paging import (
     PTE_W,
     PTE_XD,
     walk,
-    walk_nested,
 )
 from lasskvm.x86.physical import PERM_ALL, PERM_R, PERM_W, PERM_X
 from lasskvm.x86.registers import (
@@ -144,7 +143,7 @@ class Nested:
         self.memory.store(EPT_PTES + (gpa >> 12) * 8, 8, entry)
 
     def walk(self, flags: int = READ, *, user: bool = True) -> tuple[int, int, int, int]:
-        return walk_nested(
+        return walk(
             self.memory, self.address, flags, user, self.cr0, TABLES[0], self.cr4, self.efer, False, MAXPHYADDR,
             self.pdpte, 0, 0, self.eptp,
         )  # fmt: skip
@@ -371,7 +370,7 @@ def test_ept_for_a_table_comes_before_what_its_entry_says(mode: str, level: int)
 def test_a_page_beyond_48_bits_is_a_violation() -> None:
     nested = Nested()
     nested.set(nested.leaf, 1 << 50 | PTE_ALL)
-    result = walk_nested(
+    result = walk(
         nested.memory, nested.address, READ, True, CR0, TABLES[0], nested.cr4, nested.efer, False, 52, 0, 0, 0,
         nested.eptp,
     )  # fmt: skip
@@ -407,7 +406,7 @@ class MemoryUnderEpt:
 def composed(memory: GuestMemory, arguments: Any, eptp: int) -> tuple[int, int, int, int]:
     """The nested walk as the plain one over memory that translates by itself."""
     try:
-        gpa, permissions, code = walk(MemoryUnderEpt(memory, eptp), *arguments)
+        gpa, permissions, code, _ = walk(MemoryUnderEpt(memory, eptp), *arguments, 0)
     except EptExitError as stop:
         gpa, outcome = stop.args
         return ept_exit(gpa, outcome)
@@ -463,18 +462,5 @@ def test_one_walk_does_what_the_plain_walk_does_over_memory_that_translates_itse
     for step in steps:
         arguments = arguments_of(step, root)
         nested: Any = (*arguments, eptp)
-        assert walk_nested(memory, *nested) == composed(model, arguments, eptp)
-    assert memory.read(0, PAGES << 12) == model.read(0, PAGES << 12)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(0, 1 << 32), accesses, st.integers(0, GUEST_PAGES))
-def test_without_an_eptp_it_is_the_plain_walk(
-    seed: int, steps: list[tuple[int, int, bool, str, bool]], root: int
-) -> None:
-    memory, model = random_memories(seed)
-    for step in steps:
-        arguments = arguments_of(step, root)
-        without_ept: Any = (*arguments, 0)
-        assert walk_nested(memory, *without_ept) == (*walk(model, *arguments), 0)
+        assert walk(memory, *nested) == composed(model, arguments, eptp)
     assert memory.read(0, PAGES << 12) == model.read(0, PAGES << 12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import mmap
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -52,6 +53,13 @@ FIRST_TABLE = 0x1000
 HOLE = 0x100000
 READ = 0
 LONG_MODE = EFER_LME | EFER_LMA
+
+
+def plain_walk(*arguments: Any, **named: Any) -> tuple[int, int, int]:
+    """The walk without EPT."""
+    gpa, permissions, error_code, outcome = walk(*arguments, **named, eptp=0)
+    assert outcome == 0
+    return gpa, permissions, error_code
 
 
 @dataclass(frozen=True)
@@ -168,7 +176,7 @@ class Tables:
         pkrs: int = 0,
     ) -> tuple[int, int, int]:
         """Walk for the mapped address; *cr0*, *cr4* and *efer* are what comes on top of the mode's bits."""
-        return walk(
+        return plain_walk(
             self.memory,
             self.address,
             flags,
@@ -214,12 +222,12 @@ def test_the_next_page_is_another_translation(mode: Mode, page_shift: int) -> No
 
 def test_without_paging_a_linear_address_is_a_physical_one() -> None:
     memory = GuestMemory()
-    assert walk(memory, 0x12345678, WRITE, True, CR0_PE, 0, 0, 0, False, MAXPHYADDR, 0, 0, 0) == (
+    assert plain_walk(memory, 0x12345678, WRITE, True, CR0_PE, 0, 0, 0, False, MAXPHYADDR, 0, 0, 0) == (
         0x12345678,
         PERM_R | PERM_W | PERM_X,
         0,
     )
-    assert walk(memory, 0x1_0000_0000, READ, False, 0, 0, 0, 0, False, MAXPHYADDR, 0, 0, 0)[0] == 0
+    assert plain_walk(memory, 0x1_0000_0000, READ, False, 0, 0, 0, 0, False, MAXPHYADDR, 0, 0, 0)[0] == 0
 
 
 def test_without_pse_the_page_size_bit_is_ignored() -> None:
@@ -761,7 +769,7 @@ def random_memory(words: list[int]) -> GuestMemory:
 def test_whatever_the_tables_hold_a_walk_translates_or_faults(
     words: list[int], address: int, kind: int, control: dict[str, int]
 ) -> None:
-    gpa, permissions, code = walk(random_memory(words), address, kind, **control)  # type: ignore[arg-type]
+    gpa, permissions, code = plain_walk(random_memory(words), address, kind, **control)  # type: ignore[arg-type]
     needed = {READ: PERM_R, WRITE: PERM_W, FETCH: PERM_X}[kind]
     if permissions:
         assert permissions & needed
@@ -784,8 +792,8 @@ def test_a_second_walk_gives_the_same_answer(
 ) -> None:
     """Accessed and dirty bits do not change where a walk leads, even in tables that map themselves."""
     memory = random_memory(words)
-    first = walk(memory, address, kind, **control)  # type: ignore[arg-type]
+    first = plain_walk(memory, address, kind, **control)  # type: ignore[arg-type]
     marked = memory.read(0, MEMORY_BYTES)
-    second = walk(memory, address, kind, **control)  # type: ignore[arg-type]
+    second = plain_walk(memory, address, kind, **control)  # type: ignore[arg-type]
     assert first == second
     assert memory.read(0, MEMORY_BYTES) == marked

@@ -31,7 +31,7 @@ from lasskvm.state import (
 from lasskvm.x86.address import is_canonical, linear_bits, untag
 from lasskvm.x86.ept import EPT_EXIT
 from lasskvm.x86.exceptions import GP, PF, SS
-from lasskvm.x86.paging import PhysicalMemory, load_physical, store_physical, walk_nested
+from lasskvm.x86.paging import PhysicalMemory, load_physical, store_physical, walk
 from lasskvm.x86.registers import EFER_LMA, MASK64, RFLAGS_AC
 
 __all__ = ["check_linear", "load_linear", "locate", "next_linear", "store_linear", "translate", "untagged"]
@@ -82,7 +82,7 @@ def translate(
     user = explicit and cpl == 3
     ac = explicit and rflags & RFLAGS_AC != 0
     pdpte = state[PDPTR0 + ((address >> 30) & 3)]
-    gpa, permissions, error_code, outcome = walk_nested(
+    gpa, permissions, error_code, outcome = walk(
         memory, address, flags & (WRITE | FETCH), user, state[CR0], state[CR3], state[CR4], state[EFER], ac,
         state[MAXPHYADDR], pdpte, state[PKRU], state[PKRS],
         state[EPTP],

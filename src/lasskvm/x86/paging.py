@@ -4,8 +4,8 @@ There is no other walk than this. The emulator calls it as plain Python, the TLB
 source compiled; so it is written over plain integers, in the compiled subset (``docs/architecture.md``), and
 touches guest memory only through :func:`load_physical` and :func:`store_physical`.
 
-:func:`walk_nested` is the walk, with EPT when there is an EPTP: then CR3 and the entries hold addresses that
-:func:`lasskvm.x86.ept.ept_walk` translates, whenever an entry is read or marked, and at the end.
+With an EPTP, CR3 and the entries hold addresses that :func:`lasskvm.x86.ept.ept_walk` translates, whenever an entry
+is read or marked, and at the end.
 
 It knows nothing of LASS or canonical addresses: both are judged before paging. Shadow stacks are not part of
 it. 1 GiB pages and PSE-36 exist whatever CPUID says, as on a processor that has them.
@@ -69,7 +69,6 @@ __all__ = [
     "pdpte_reserved",
     "store_physical",
     "walk",
-    "walk_nested",
 ]
 
 #: Beside the other ``PERM_*``: the translation is global and survives a change of CR3 (SDM 4.10.2.4).
@@ -141,51 +140,26 @@ def walk(
     pdpte: int,
     pkru: int,
     pkrs: int,
-) -> tuple[int, int, int]:
-    """Translate linear *address* for one access: ``(gpa, permissions, error_code)``.
+    eptp: int,
+) -> tuple[int, int, int, int]:
+    """Translate linear *address* for one access: ``(gpa, permissions, error_code, outcome)``.
 
     *flags* is ``lass.WRITE``, ``lass.FETCH`` or 0 for a data read; other flags make no difference here.
     *user* says that the access is a user-mode one (CPL 3 and not implicit), *ac* that RFLAGS.AC is set; both
     are False for an implicit access. *maxphyaddr* counts physical address bits (32 to 52). *pdpte* is the
     PDPTE register that address bits 31:30 select, used by PAE paging only. *pkru* and *pkrs* are the rights of
-    protection keys, which CR4.PKE and CR4.PKS put in force.
+    protection keys, which CR4.PKE and CR4.PKS put in force. With *eptp* 0 there is no EPT.
 
     When the access is allowed, *gpa* is the physical address and *permissions* says what accesses of the same
     kind (same *user*, same *ac*) may do to the page from now on without another walk: ``PERM_W`` is there
     only when the page is dirty already, so that the first write comes back to set the dirty bit. When it is
     not, *permissions* is 0 and *error_code* is the #PF error code.
-    """
-    gpa, permissions, error_code, _ = _walk(
-        memory, address, flags, user, cr0, cr3, cr4, efer, ac, maxphyaddr, pdpte, pkru, pkrs, 0
-    )
-    return gpa, permissions, error_code
 
-
-def walk_nested(
-    memory: PhysicalMemory,
-    address: int,
-    flags: int,
-    user: bool,
-    cr0: int,
-    cr3: int,
-    cr4: int,
-    efer: int,
-    ac: bool,
-    maxphyaddr: int,
-    pdpte: int,
-    pkru: int,
-    pkrs: int,
-    eptp: int,
-) -> tuple[int, int, int, int]:
-    """:func:`walk` under EPT: ``(hpa, permissions, error_code, outcome)``. With *eptp* 0 there is no EPT.
-
+    Under EPT, *gpa* is what EPT makes of it, and *permissions* are those that page tables and EPT both give.
     *outcome* is 0 unless an access of the walk, or the access itself, ends in an EPT violation or misconfiguration;
-    then it is that of :func:`lasskvm.x86.ept.ept_walk`, *permissions* is 0, and the address returned is the
-    guest-physical one that could not be translated. A page fault has *permissions* and *outcome* 0. *permissions* are
-    those that page tables and EPT both give.
-
-    In the order of SDM 29.3.3.3: for each paging-structure entry first EPT, then what the entry says; the access
-    rights of the page; and only then EPT for the page.
+    then it is that of :func:`lasskvm.x86.ept.ept_walk`, *permissions* and *error_code* are 0, and the address returned
+    is the guest-physical one that could not be translated. In the order of SDM 29.3.3.3: for each paging-structure
+    entry first EPT, then what the entry says; the access rights of the page; and only then EPT for the page.
     """
     gpa, permissions, error_code, outcome = _walk(
         memory, address, flags, user, cr0, cr3, cr4, efer, ac, maxphyaddr, pdpte, pkru, pkrs, eptp
@@ -223,7 +197,7 @@ def _walk(
     pkrs: int,
     eptp: int,
 ) -> tuple[int, int, int, int]:
-    """The page walk as such, to a guest-physical address, with its tables under EPT: as :func:`walk_nested`."""
+    """The page walk as such, to a guest-physical address, with its tables under EPT: as :func:`walk`."""
     if (cr0 & CR0_PG) == 0:
         return address & MASK32, PERM_ALL, 0, 0
     entry_bytes = _ENTRY_BYTES
