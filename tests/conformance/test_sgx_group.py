@@ -92,12 +92,6 @@ def test_an_enclave_is_built_from_either_half_as_lass_and_ac_allow(backend: Back
     assert bad(results_of(backend, cases)) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["jit", "emulator"])
-def test_every_case_passes(backend: BackendName) -> None:
-    assert bad(results_of(backend, SGX_CASES)) == []
-
-
 class WithoutEpc(SoftBackend):
     """A provider whose processor has SGX, and that has no EPC to give."""
 
