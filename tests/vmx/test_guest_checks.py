@@ -544,7 +544,7 @@ def test_valid_guests_with_random_fields_end_in_defined_ways(mode: str, seed: in
     random, entry = Random(seed), Entry(mode)
     whole = dict(entry.vmcs.fields)
     for _ in range(ROUNDS):
-        entry.vmcs.fields = dict(whole)
+        entry.vmcs.update(whole)
         for key in random.sample(GUEST_FIELDS + CONTROL_FIELDS, random.randrange(1, 4)):
             bits = random.getrandbits(64)
             entry.vmcs[key] = bits if random.random() < 0.5 else whole[key] ^ 1 << random.randrange(64)

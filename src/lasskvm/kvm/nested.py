@@ -26,7 +26,7 @@ from lasskvm.vmx.guest_time import timer_deadline
 from lasskvm.vmx.host_state import VmxAborted
 from lasskvm.vmx.injection import event_to_deliver, has_pending_monitor_trap, pending_debug_trap
 from lasskvm.vmx.instructions import VmxInstructions
-from lasskvm.vmx.intercepts_events import L2Event, PendingEvents, interrupt_exit, may_intercept_page_faults
+from lasskvm.vmx.intercepts_events import L2Event, PendingEvents, interrupt_exit
 from lasskvm.vmx.nested import NestedVmx
 from lasskvm.vmx.non_root import NonRootOperation, ept_exit
 from lasskvm.vmx.repeated_checks import RepeatedChecks
@@ -66,6 +66,9 @@ class NestedOperation:
         self._timer: Timer | None = None
         self._capabilities: dict[int, int] = {}
         self._checks = RepeatedChecks()
+        #: L2 as it ran last, and the fields that decide what it is like.
+        self._last: NonRootOperation | None = None
+        self._last_controls: tuple[int, ...] | None = None
 
     # -------------------------------------------------------------------------------------------------- set-up
 
@@ -145,14 +148,29 @@ class NestedOperation:
         assert self.vmx is not None
         self.vmx.in_guest = True
         ctx = self._vcpu.emulation
-        self.non_root = ctx.non_root = NonRootOperation(
-            vmcs, self._words, ctx.memory, trap_is_due=self._vcpu.kick
-        )
+        self.non_root = ctx.non_root = self._non_root_operation(vmcs)
         uses_ept = self.non_root.secondary & vmx.SECONDARY_EXEC_ENABLE_EPT
         self._words[EPTP] = vmcs[VmcsField.EPT_POINTER] if uses_ept else 0
-        self._words[PF_INTERCEPTED] = int(may_intercept_page_faults(vmcs))
+        self._words[PF_INTERCEPTED] = int(self.non_root.page_faults_may_exit)
         self.monitor_trap_pending = False
         self._vcpu.apply_intercepts()
+
+    def _non_root_operation(self, vmcs: Vmcs12) -> NonRootOperation:
+        """L2 of *vmcs*: what the last one was, when the controls are the same."""
+        controls = self._checks.controls_and_host
+        last = self._last
+        if (
+            last is not None
+            and last.vmcs is vmcs
+            and controls is not None
+            and self._last_controls is controls
+        ):
+            last.begin()
+            return last
+        self._last_controls = controls
+        memory = self._vcpu.vm.memory
+        self._last = NonRootOperation(vmcs, self._words, memory, trap_is_due=self._vcpu.kick)
+        return self._last
 
     def _stop_running(self) -> int | None:
         """L2 does not run any more; when its preemption timer would have expired, if it has one."""

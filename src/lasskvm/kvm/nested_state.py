@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import struct
 from array import array
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from lasskvm.kvm.snapshot import Document
@@ -136,7 +135,7 @@ def _complete_vmcs(vcpu: StatefulVcpu, nested: NestedOperation) -> Vmcs12 | None
     current = nested.vmx.current
     if current is None or not nested.vmx.in_guest:
         return current
-    vmcs = replace(current, fields=dict(current.fields))
+    vmcs = current.copy()
     # As the exit of an event between two instructions would save it.
     save_guest_state(vcpu.emulation, vmcs, NestedExit(ExitReason.PREEMPTION_TIMER))
     controls = vmcs[VmcsField.VM_ENTRY_CONTROLS] & ~vmx.VM_ENTRY_IA32E_MODE
@@ -201,7 +200,7 @@ def _resume(vcpu: StatefulVcpu, nested: NestedOperation, state: NestedVmx, wante
 
 def _without_loads(vmcs: Vmcs12) -> Vmcs12:
     """*vmcs* without what only a VM entry does: it loads controlled registers, and delivers an event."""
-    stripped = replace(vmcs, fields=dict(vmcs.fields))
+    stripped = vmcs.copy()
     stripped[VmcsField.VM_ENTRY_CONTROLS] &= ~_LOADED_BY_CONTROL
     stripped[VmcsField.VM_ENTRY_INTR_INFO_FIELD] &= ~vmx.INTR_INFO_VALID_MASK
     return stripped

@@ -23,7 +23,7 @@ from lasskvm.vmx.entry_checks import secondary_controls
 from lasskvm.vmx.exit_record import NestedExit, VmExit
 from lasskvm.vmx.guest_time import tsc_offset
 from lasskvm.vmx.intercepts import intercept_of, is_sensitive
-from lasskvm.vmx.intercepts_events import exception_exit
+from lasskvm.vmx.intercepts_events import exception_exit, may_intercept_page_faults
 from lasskvm.vmx.intercepts_faults import faults_before_exit
 from lasskvm.vmx.tpr_shadow import read_cr8, tpr_threshold_exit, uses_tpr_shadow, write_cr8
 from lasskvm.vmx.vmcs import Vmcs12
@@ -68,7 +68,9 @@ class NonRootOperation:
         self._memory = memory
         self._trap_is_due = trap_is_due
         self._uses_tpr_shadow = uses_tpr_shadow(vmcs)
-        self.trap_exit = tpr_threshold_exit(vmcs, memory) if self._uses_tpr_shadow else None
+        self.trap_exit: NestedExit | None = None
+        #: Whether some #PF is a VM exit.
+        self.page_faults_may_exit = may_intercept_page_faults(vmcs)
         #: The controls, which do not change while L2 runs.
         self.pin_based = pin_based = vmcs[VmcsField.PIN_BASED_VM_EXEC_CONTROL]
         self.primary = vmcs[VmcsField.CPU_BASED_VM_EXEC_CONTROL]
@@ -77,6 +79,12 @@ class NonRootOperation:
         self.iret_unblocks_nmis = bool(
             pin_based & vmx.PIN_BASED_VIRTUAL_NMIS or not pin_based & vmx.PIN_BASED_NMI_EXITING
         )
+
+        self.begin()
+
+    def begin(self) -> None:
+        """L2 goes on."""
+        self.trap_exit = tpr_threshold_exit(self.vmcs, self._memory) if self._uses_tpr_shadow else None
 
     def is_sensitive(self, decoded: Decoded) -> bool:
         """Whether :meth:`before_instruction` has to be asked about *decoded*."""

@@ -31,7 +31,7 @@ in chapter 31; KVM's ``handle_vmread()`` and ``handle_vmwrite()``.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 from lasskvm.memory import GuestMemory
 from lasskvm.x86.vmx import (
@@ -120,14 +120,15 @@ class VmFailValid(Exception):
         super().__init__(f"{error.name}: {reason}" if reason else error.name)
 
 
-@dataclass
-class Vmcs12:
+class Vmcs12(dict[int, int]):
     """One VMCS of L1's while it is active.
 
+    It is a dictionary, because a VM exit reads dozens of its fields: with a value for each :class:`VmcsField` and no
+    other key. Who uses another way than indexing to store keeps to the field's width; indexing drops what has no room.
+    That is the processor's own access; :meth:`read` and :meth:`write` are VMREAD and VMWRITE.
+
     ``launched`` says whether VMLAUNCH has succeeded since the last VMCLEAR; ``abort`` is the VMX-abort indicator, a
-    :class:`~lasskvm.x86.vmx.VmxAbort` or 0. ``fields`` has a value for each :class:`VmcsField` and no other key; who
-    stores there keeps to the field's width. Indexing is the same, except that a value loses what has no room. Both are
-    the processor's own access; :meth:`read` and :meth:`write` are VMREAD and VMWRITE.
+    :class:`~lasskvm.x86.vmx.VmxAbort` or 0.
 
     >>> vmcs = Vmcs12()
     >>> vmcs.write(0x2001, 5, any_field=False)
@@ -135,15 +136,31 @@ class Vmcs12:
     ('0x500000000', 5)
     """
 
-    launched: bool = False
-    abort: int = 0
-    fields: dict[int, int] = field(default_factory=lambda: dict.fromkeys(_KEYS, 0))
+    def __init__(
+        self, launched: bool = False, abort: int = 0, fields: Mapping[int, int] | None = None
+    ) -> None:
+        super().__init__(dict.fromkeys(_KEYS, 0) if fields is None else fields)
+        self.launched = launched
+        self.abort = abort
 
-    def __getitem__(self, key: VmcsField) -> int:
-        return self.fields[key]
+    @property
+    def fields(self) -> dict[int, int]:
+        """The VMCS itself, as what it is a kind of."""
+        return self
 
-    def __setitem__(self, key: VmcsField, value: int) -> None:
-        self.fields[key] = value & _MASKS[key]
+    def __setitem__(self, key: int, value: int) -> None:
+        super().__setitem__(key, value & _MASKS[key])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Vmcs12):
+            return NotImplemented
+        return (self.launched, self.abort) == (other.launched, other.abort) and super().__eq__(other)
+
+    __hash__ = None
+
+    def copy(self) -> Vmcs12:
+        """Another VMCS with the same contents."""
+        return Vmcs12(self.launched, self.abort, self)
 
     @classmethod
     def load(cls, memory: GuestMemory, gpa: int) -> Vmcs12:
