@@ -10,8 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import unicorn
@@ -43,8 +42,7 @@ _VMCB_MSR_MAP = 0x48
 _TCG_BUFFER_BYTES = 192 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class EngineExit:
+class EngineExit(NamedTuple):
     """Why a run ended: an ``EXIT_*`` reason of :mod:`lasskvm.engine.context` with its details."""
 
     reason: int

@@ -5,21 +5,20 @@ Source: Intel SDM volume 3C, 25.9 (VM-exit information fields), 28.2 (what goes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lasskvm.x86.vmx_exits import ExitReason
 
 __all__ = ["NestedExit", "VmExit"]
 
 
-@dataclass(frozen=True, slots=True)
-class NestedExit:
+class NestedExit(NamedTuple):
     """One VM exit, with the values of the VM-exit information fields that L1 will read.
 
     What is left out is 0, which is also what the field holds where the manual calls it undefined. The formats are those
     of :mod:`lasskvm.x86.vmx_exits` (qualification, instruction information) and of ``INTR_INFO_*`` in
     :mod:`lasskvm.x86.vmx` (interruption and IDT-vectoring information). ``instruction_length`` is in bytes. The
-    IDT-vectoring fields are added, with :func:`dataclasses.replace`, by who knows that an event was being delivered.
+    IDT-vectoring fields are added by who knows that an event was being delivered.
     """
 
     reason: ExitReason

@@ -84,9 +84,13 @@ def _loaded_segments(values: tuple[int, ...]) -> memoryview[int]:
 
 
 @lru_cache(_KNOWN_SEGMENTS)
-def _saved_segments(words: bytes) -> dict[int, int]:
+def _saved_segments(words: bytes, cpl: int) -> dict[int, int]:
     """The fields for segment registers whose state words are *words*."""
-    return dict(zip(_SEGMENT_KEYS, map(and_, memoryview(words).cast("Q"), _SEGMENT_BITS), strict=True))
+    fields = dict(zip(_SEGMENT_KEYS, map(and_, memoryview(words).cast("Q"), _SEGMENT_BITS), strict=True))
+    # The privilege level is SS.DPL to VMX, whatever SYSRET has left in the register.
+    rights = fields[VmcsField.GUEST_SS_AR_BYTES] & ~r.AR_DPL
+    fields[VmcsField.GUEST_SS_AR_BYTES] = rights | cpl << r.AR_DPL_SHIFT
+    return fields
 
 
 _LDTR_BASE, _LDTR_ATTRIBUTES = segment_word(r.LDTR, s.BASE), segment_word(r.LDTR, s.ATTRIBUTES)
@@ -141,8 +145,8 @@ def load_guest_state(ctx: Emulation, vmcs: Vmcs12) -> None:
     pdptes = guest_pdptes(vmcs, ctx.memory)
     words[s.CR0] = words[s.CR0] & CR0_UNCHANGED | vmcs[VmcsField.GUEST_CR0] & ~CR0_UNCHANGED
     words[s.RFLAGS] = vmcs[VmcsField.GUEST_RFLAGS]
-    words[_SEGMENTS] = _loaded_segments(_segment_values(vmcs.fields))
-    for word, value in zip(_REGISTER_WORDS, _register_values(vmcs.fields), strict=True):
+    words[_SEGMENTS] = _loaded_segments(_segment_values(vmcs))
+    for word, value in zip(_REGISTER_WORDS, _register_values(vmcs), strict=True):
         words[word] = value
     words[s.CPL] = (words[_SS_ATTRIBUTES] & r.AR_DPL) >> r.AR_DPL_SHIFT
     if words[_LDTR_ATTRIBUTES] & r.AR_UNUSABLE:
@@ -199,14 +203,10 @@ def save_guest_state(ctx: Emulation, vmcs: Vmcs12, record: NestedExit, pending_d
     pending; other exits clear them.
     """
     words = ctx.words
-    vmcs[VmcsField.GUEST_CR0] = words[s.CR0]
-    vmcs[VmcsField.GUEST_RFLAGS] = _saved_rflags(words, record)
     values = map(and_, _register_words(words), _REGISTER_BITS)
-    vmcs.fields.update(zip(_REGISTER_KEYS, values, strict=True))
-    vmcs.fields.update(_saved_segments(words[_SEGMENTS].tobytes()))
-    # The privilege level is SS.DPL to VMX, whatever SYSRET has left in the register.
-    ss_rights = vmcs[VmcsField.GUEST_SS_AR_BYTES] & ~r.AR_DPL
-    vmcs[VmcsField.GUEST_SS_AR_BYTES] = ss_rights | words[s.CPL] << r.AR_DPL_SHIFT
+    vmcs.update(zip(_REGISTER_KEYS, values, strict=True))
+    vmcs.update(_saved_segments(words[_SEGMENTS].tobytes(), words[s.CPL]))
+    vmcs.update({VmcsField.GUEST_CR0: words[s.CR0], VmcsField.GUEST_RFLAGS: _saved_rflags(words, record)})
     _save_controlled_registers(ctx, vmcs)
     if secondary_controls(vmcs) & vmx.SECONDARY_EXEC_ENABLE_EPT and uses_pae_paging(words):
         for number, field in enumerate(_PDPTES):
@@ -248,13 +248,19 @@ def _save_non_register_state(ctx: Emulation, vmcs: Vmcs12, record: NestedExit, p
     mov_ss = blocking & vmx.GUEST_INTR_STATE_MOV_SS
     if words[s.NMI_BLOCKED]:
         blocking |= vmx.GUEST_INTR_STATE_NMI
-    vmcs[VmcsField.GUEST_INTERRUPTIBILITY_INFO] = blocking
-    vmcs[VmcsField.GUEST_ACTIVITY_STATE] = vmx.GUEST_ACTIVITY_HLT if ctx.halted else vmx.GUEST_ACTIVITY_ACTIVE
     if mov_ss and not _is_debug_exception(record):
         saved = pending_debug | (vmx.PENDING_DEBUG_BS if _is_single_stepped(words, vmcs) else 0)
     else:
         saved = pending_debug if record.reason in _DEBUG_SAVING_EXITS else 0
-    vmcs[VmcsField.GUEST_PENDING_DBG_EXCEPTIONS] = saved
+    vmcs.update(
+        {
+            VmcsField.GUEST_INTERRUPTIBILITY_INFO: blocking,
+            VmcsField.GUEST_ACTIVITY_STATE: vmx.GUEST_ACTIVITY_HLT
+            if ctx.halted
+            else vmx.GUEST_ACTIVITY_ACTIVE,
+            VmcsField.GUEST_PENDING_DBG_EXCEPTIONS: saved,
+        }
+    )
 
 
 def _is_single_stepped(words: Words, vmcs: Vmcs12) -> bool:

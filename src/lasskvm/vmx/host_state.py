@@ -82,7 +82,7 @@ def load_host_state(ctx: Emulation, vmcs: Vmcs12) -> None:
     else:
         words[s.EFER] = words[s.EFER] & ~_MODE_BITS | _MODE_BITS * ia32e
     words[s.GDT_LIMIT] = words[s.IDT_LIMIT] = _DESCRIPTOR_TABLE_LIMIT
-    words[_SEGMENTS] = _segments(_segment_values(vmcs.fields), ia32e)
+    words[_SEGMENTS] = _segments(_segment_values(vmcs), ia32e)
     words[s.CPL] = 0
     words[s.INTERRUPT_SHADOW] = 0
     ctx.halted = False

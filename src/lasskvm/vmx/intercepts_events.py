@@ -11,8 +11,8 @@ among simultaneous events); KVM's ``nested_vmx_is_exception_vmexit()`` and ``vmx
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum, auto
+from typing import NamedTuple
 
 from lasskvm.emulator.faults import GuestFault
 from lasskvm.emulator.modes import in_real_mode
@@ -110,8 +110,7 @@ class L2Event(Enum):
     INTERRUPT = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class PendingEvents:
+class PendingEvents(NamedTuple):
     """What waits for the next boundary between two instructions of L2.
 
     ``monitor_trap``: "monitor trap flag" is set and an instruction or event of L2 has completed since the VM entry, or

@@ -10,7 +10,6 @@ Source: Intel SDM volume 3C, chapter 26 (VMX non-root operation), 28.2 (what VM 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.decode import Decoded
@@ -152,8 +151,7 @@ def with_vectoring(record: NestedExit, event: Event, words: Words) -> NestedExit
     length = record.instruction_length
     if event.return_rip is not None:
         length = event.return_rip - words[RIP] & _INSTRUCTION_LENGTH
-    return replace(
-        record,
+    return record._replace(
         idt_vectoring_information=information,
         idt_vectoring_error_code=event.error_code or 0,
         instruction_length=length,

@@ -56,7 +56,7 @@ class RepeatedChecks:
         self, vmcs: Vmcs12, capabilities: VmxCapabilities, memory: GuestMemory, words: Words
     ) -> None:
         """:func:`~lasskvm.vmx.entry_checks.check_controls_and_host_state`."""
-        values = _controls_and_host(vmcs.fields)
+        values = _controls_and_host(vmcs)
         ia32e = in_ia32e_mode(words)
         known = self._capabilities is capabilities and self._ia32e == ia32e
         if known and self.controls_and_host == values:
@@ -75,8 +75,7 @@ class RepeatedChecks:
         current_gpa: int,
     ) -> GuestStateViolation | None:
         """:func:`~lasskvm.vmx.guest_checks.check_guest_state`, behind :meth:`controls_and_host_state`."""
-        fields = vmcs.fields
-        values = _guest(fields), fields[VmcsField.GUEST_RFLAGS] & RFLAGS_VM
+        values = _guest(vmcs), vmcs[VmcsField.GUEST_RFLAGS] & RFLAGS_VM
         if self._guest == values:
             return check_volatile_guest_state(vmcs, capabilities, memory, words, current_gpa)
         self._guest = None

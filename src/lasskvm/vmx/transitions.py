@@ -121,16 +121,16 @@ def leave_guest(
 
 def record_exit(vmcs: Vmcs12, record: NestedExit) -> None:
     """Fill in the VM-exit information fields (28.2)."""
-    vmcs.fields.update(zip(_EXIT_FIELDS, _record_values(record), strict=True))
+    vmcs.update(zip(_EXIT_FIELDS, _record_values(record), strict=True))
 
 
 def _update_entry_controls(ctx: Emulation, vmcs: Vmcs12) -> None:
     """The next VM entry injects nothing by itself, and enters the mode that L2 has left in (28.2, IA32_VMX_MISC)."""
-    vmcs[VmcsField.VM_ENTRY_INTR_INFO_FIELD] &= ~vmx.INTR_INFO_VALID_MASK
     controls = vmcs[VmcsField.VM_ENTRY_CONTROLS] & ~vmx.VM_ENTRY_IA32E_MODE
     if ctx.words[EFER] & EFER_LMA:
         controls |= vmx.VM_ENTRY_IA32E_MODE
-    vmcs[VmcsField.VM_ENTRY_CONTROLS] = controls
+    information = vmcs[VmcsField.VM_ENTRY_INTR_INFO_FIELD] & ~vmx.INTR_INFO_VALID_MASK
+    vmcs.update({VmcsField.VM_ENTRY_CONTROLS: controls, VmcsField.VM_ENTRY_INTR_INFO_FIELD: information})
 
 
 def _store_msrs(ctx: Emulation, vmcs: Vmcs12, capabilities: VmxCapabilities) -> None:
