@@ -58,11 +58,9 @@ def enter_guest(ctx: Emulation, vmcs: Vmcs12, capabilities: VmxCapabilities) -> 
     """
     nmi_blocked = ctx.words[NMI_BLOCKED]
     load_guest_state(ctx, vmcs)
-    failed = load_msrs(
-        ctx,
-        vmcs[VmcsField.VM_ENTRY_MSR_LOAD_ADDR],
-        vmcs[VmcsField.VM_ENTRY_MSR_LOAD_COUNT],
-        capabilities.msr_list_entries,
+    count = vmcs[VmcsField.VM_ENTRY_MSR_LOAD_COUNT]
+    failed = count and load_msrs(
+        ctx, vmcs[VmcsField.VM_ENTRY_MSR_LOAD_ADDR], count, capabilities.msr_list_entries
     )
     if failed:
         # Whatever L2 would have had blocked, it has not run.
@@ -134,11 +132,9 @@ def _update_entry_controls(ctx: Emulation, vmcs: Vmcs12) -> None:
 
 
 def _store_msrs(ctx: Emulation, vmcs: Vmcs12, capabilities: VmxCapabilities) -> None:
-    if store_msrs(
-        ctx,
-        vmcs[VmcsField.VM_EXIT_MSR_STORE_ADDR],
-        vmcs[VmcsField.VM_EXIT_MSR_STORE_COUNT],
-        capabilities.msr_list_entries,
+    count = vmcs[VmcsField.VM_EXIT_MSR_STORE_COUNT]
+    if count and store_msrs(
+        ctx, vmcs[VmcsField.VM_EXIT_MSR_STORE_ADDR], count, capabilities.msr_list_entries
     ):
         raise VmxAborted(VmxAbort.SAVE_GUEST_MSR_FAIL)
 
@@ -157,10 +153,6 @@ def _block_nmis(ctx: Emulation, vmcs: Vmcs12, record: NestedExit) -> None:
 
 def _return_to_host(ctx: Emulation, vmcs: Vmcs12, capabilities: VmxCapabilities) -> None:
     load_host_state(ctx, vmcs)
-    if load_msrs(
-        ctx,
-        vmcs[VmcsField.VM_EXIT_MSR_LOAD_ADDR],
-        vmcs[VmcsField.VM_EXIT_MSR_LOAD_COUNT],
-        capabilities.msr_list_entries,
-    ):
+    count = vmcs[VmcsField.VM_EXIT_MSR_LOAD_COUNT]
+    if count and load_msrs(ctx, vmcs[VmcsField.VM_EXIT_MSR_LOAD_ADDR], count, capabilities.msr_list_entries):
         raise VmxAborted(VmxAbort.LOAD_HOST_MSR_FAIL)
