@@ -11,9 +11,8 @@ import unicorn
 from boot_builders import MIB, Load, Registers, make_elf, make_memory
 from unicorn import x86_const as uc
 
-from lasskvm.machine.boot import LongModeEntry, ProtectedModeEntry, ResetVectorEntry, load_image
+from lasskvm.machine.boot import LongModeEntry, ProtectedModeEntry, load_image
 from lasskvm.memory import GuestMemory
-from lasskvm.state import CR0, RDX, RFLAGS, RIP, VcpuState
 from lasskvm.x86.registers import (
     AR_DB,
     AR_L,
@@ -147,20 +146,3 @@ def test_applying_a_32_bit_entry_leaves_long_mode_and_paging() -> None:
     assert sregs.cs.attributes & (AR_L | AR_DB) == AR_DB
     assert (sregs.ss.selector, sregs.ss.base, sregs.ss.limit) == (16, 0, 0xFFFFFFFF)
     assert (sregs.gdt.base, sregs.gdt.limit) == (0x9000, 23)
-
-
-def test_applying_the_reset_vector_gives_the_state_after_power_on() -> None:
-    vcpu = Registers()
-    ResetVectorEntry().apply(vcpu)  # type: ignore[arg-type]
-    state = VcpuState()
-    assert vcpu.regs.rip == state.words[RIP] == 0xFFF0
-    assert vcpu.regs.rdx == state.words[RDX]
-    assert vcpu.regs.rflags == state.words[RFLAGS]
-    assert vcpu.regs.rax == vcpu.regs.rsp == 0
-    sregs = vcpu.sregs
-    assert sregs.cr0 == state.words[CR0]
-    assert sregs.cr3 == sregs.cr4 == sregs.efer == 0
-    for name, number in SEGMENT_NUMBERS.items():
-        assert getattr(sregs, name) == state.segment(number), name
-    assert sregs.cs.base == 0xFFFF0000
-    assert sregs.gdt.limit == sregs.idt.limit == 0xFFFF

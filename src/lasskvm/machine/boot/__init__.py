@@ -9,7 +9,7 @@ reset vector instead.
 """
 
 from lasskvm.machine.boot.e820 import E820Entry, E820Map, E820Type
-from lasskvm.machine.boot.entry import Entry, LongModeEntry, ProtectedModeEntry, ResetVectorEntry
+from lasskvm.machine.boot.entry import Entry, LongModeEntry, ProtectedModeEntry
 from lasskvm.machine.boot.firmware import load_firmware, place_firmware, shadow_firmware
 from lasskvm.machine.boot.linux import PROGRAM_STATUS_PORT
 from lasskvm.machine.boot.loader import LoadedImage, load_image
@@ -27,7 +27,6 @@ __all__ = [
     "LongModeEntry",
     "Module",
     "ProtectedModeEntry",
-    "ResetVectorEntry",
     "load_firmware",
     "load_image",
     "place_firmware",

@@ -36,18 +36,13 @@ from lasskvm.state import Segment
 from lasskvm.x86.descriptors import DESCRIPTOR_BYTES, make_segment
 from lasskvm.x86.paging import PTE_P, PTE_PS, PTE_W
 from lasskvm.x86.registers import (
-    AR_CODE,
     AR_CODE32,
     AR_CODE64,
     AR_DATA,
     AR_LDT,
-    AR_REAL_MODE,
-    AR_TSS16_BUSY,
     AR_TSS64_BUSY,
-    CR0_CD,
     CR0_ET,
     CR0_NE,
-    CR0_NW,
     CR0_PE,
     CR0_PG,
     CR4_PAE,
@@ -69,7 +64,6 @@ __all__ = [
     "Entry",
     "LongModeEntry",
     "ProtectedModeEntry",
-    "ResetVectorEntry",
     "flat_gdt",
     "prepare_long_mode",
 ]
@@ -87,10 +81,6 @@ _LONG_MODE_TSS_LIMIT = 0xFFFF
 _TSS32_LIMIT = 0x67
 
 _REAL_MODE_LIMIT = 0xFFFF
-_RESET_CS = Segment(0xF000, 0xFFFF0000, _REAL_MODE_LIMIT, AR_REAL_MODE | AR_CODE)
-_RESET_RIP = 0xFFF0
-#: DX after reset holds the processor's signature (SDM volume 3A, table 11-1).
-_RESET_RDX = 0x606A6
 
 _RETURN_ADDRESS_SIZE = 8
 _TABLE = PTE_P | PTE_W
@@ -194,28 +184,8 @@ class ProtectedModeEntry:
         vcpu.set_regs(regs)
 
 
-@dataclass(frozen=True)
-class ResetVectorEntry:
-    """The entry of the firmware: the state after power-on, real mode at F000:FFF0 with CS's base just below 4 GiB.
-
-    Source: SDM volume 3A, table 11-1.
-    """
-
-    def apply(self, vcpu: VcpuInterface) -> None:
-        """Put *vcpu* at the entry."""
-        sregs = vcpu.get_sregs()
-        sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = CR0_CD | CR0_NW | CR0_ET, 0, 0, 0
-        data_segment = Segment(0, 0, _REAL_MODE_LIMIT, AR_REAL_MODE)
-        _set_segments(sregs, _RESET_CS, data_segment, Segment(0, 0, _REAL_MODE_LIMIT, AR_TSS16_BUSY))
-        _set_tables(sregs, 0, _REAL_MODE_LIMIT, idt_limit=_REAL_MODE_LIMIT)
-        vcpu.set_sregs(sregs)
-        regs = _cleared(vcpu.get_regs())
-        regs.rip, regs.rdx, regs.rflags = _RESET_RIP, _RESET_RDX, RFLAGS_FIXED
-        vcpu.set_regs(regs)
-
-
 #: How a vCPU starts.
-Entry = LongModeEntry | ProtectedModeEntry | ResetVectorEntry
+Entry = LongModeEntry | ProtectedModeEntry
 
 
 def prepare_long_mode(memory: GuestMemory, rip: int) -> LongModeEntry:
