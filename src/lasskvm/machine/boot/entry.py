@@ -1,4 +1,4 @@
-"""How a vCPU stands at the first instruction: of a 64-bit image, of a 32-bit one, or of the firmware.
+"""How a vCPU stands at the first instruction: of a 64-bit image, or of a 32-bit one.
 
 Every entry has one method, ``apply(vcpu)``, which puts a vCPU into that state. General registers that an entry
 does not name are 0; what it does not touch at all (MSRs, the FPU, debug registers) is to be as after a reset.
