@@ -151,7 +151,7 @@ class Hypervisor(Guest):
 
     def _everything(self) -> tuple[object, ...]:
         nested = self.nested
-        fields = None if nested.current is None else dict(nested.current.fields)
+        fields = None if nested.current is None else dict(nested.current)
         return self.snapshot(), nested.vmxon_gpa, nested.current_gpa, fields, self.memory.read(DATA_GPA, 64)
 
     def prepare_entry(self) -> Hypervisor:

@@ -7,7 +7,8 @@ from lasskvm.conformance.assembler import assemble
 from lasskvm.conformance.guest import Guest
 from lasskvm.conformance.layout import HIGH_SUPERVISOR, KERNEL_CODE, LOW_USER, UPPER
 from lasskvm.kvm import IoExit
-from lasskvm.memory import PAGE_SIZE
+from lasskvm.memory import CODE_STORES_KEPT, PAGE_SIZE, TABLE_CODE_STORES
+from lasskvm.state import TLB_FLUSH
 from lasskvm.x86.exceptions import GP, PF, UD
 from lasskvm.x86.paging import PTE_P, PTE_U
 
@@ -184,3 +185,21 @@ def test_undefined_instruction_made_valid_by_its_own_handler(guest: Guest) -> No
     outcome = guest.execute("jmp rbx", cpl=3, rbx=LOW_USER, rsi=UPPER + guest.gpa(LOW_USER))
     assert outcome.completed
     assert outcome.registers.rax == 5
+
+
+def test_when_more_stores_than_are_kept_have_hit_code_all_of_it_is_forgotten() -> None:
+    """Stores of walks and event delivery are noted, up to a number, until the next fill."""
+    guest = Guest()
+    program = guest.start("mov eax, 1")
+    start = guest.vcpu.get_regs()
+    assert guest.run().registers.rax == 1
+    gpa = guest.gpa(program.address) + 1
+    slot = guest.memory.find(gpa)
+    assert slot is not None
+    # As such a store does it, which nobody else hears of.
+    slot.view[gpa - slot.gpa] = 2
+    guest.memory.table[TABLE_CODE_STORES] = CODE_STORES_KEPT + 1
+    guest.vcpu.state.words[TLB_FLUSH] = 1
+    guest.vcpu.set_regs(start)
+    assert guest.run().registers.rax == 2
+    assert guest.memory.table[TABLE_CODE_STORES] == 0

@@ -83,7 +83,7 @@ class Spoiler:
     def _changed(
         vmcs: Vmcs12, *, ept: bool = False, real: bool = False, every_control: NestedMachine | None = None
     ) -> Vmcs12:
-        vmcs = Vmcs12(fields=dict(vmcs.fields))
+        vmcs = vmcs.copy()
         if ept:
             vmcs[F.SECONDARY_VM_EXEC_CONTROL] |= vmx.SECONDARY_EXEC_ENABLE_EPT
             vmcs[F.EPT_POINTER] = EPTP
@@ -111,7 +111,7 @@ class Spoiler:
 
     def next(self, number: int) -> Vmcs12:
         rng = self.rng
-        vmcs = Vmcs12(fields=dict(rng.choice(self.kinds).fields))
+        vmcs = Vmcs12(fields=dict(rng.choice(self.kinds)))
         if number % WILD_EVERY == 0:
             for field in _WRITABLE:
                 vmcs[field] = rng.getrandbits(64)

@@ -542,7 +542,7 @@ CONTROL_FIELDS = [
 @given(st.sampled_from(list(MODES)), st.integers())
 def test_valid_guests_with_random_fields_end_in_defined_ways(mode: str, seed: int) -> None:
     random, entry = Random(seed), Entry(mode)
-    whole = dict(entry.vmcs.fields)
+    whole = dict(entry.vmcs)
     for _ in range(ROUNDS):
         entry.vmcs.update(whole)
         for key in random.sample(GUEST_FIELDS + CONTROL_FIELDS, random.randrange(1, 4)):

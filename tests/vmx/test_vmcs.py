@@ -72,7 +72,7 @@ def test_vmread_returns_what_vmwrite_wrote_cut_to_the_width() -> None:
         vmcs.write(field, ALL_ONES, any_field=True)
         expected = 0x1F0FF if field.name.endswith("_AR_BYTES") else width_mask(field)
         assert vmcs.read(field) == expected, field.name
-        assert [key for key, bits in vmcs.fields.items() if bits] == [field]
+        assert [key for key, bits in vmcs.items() if bits] == [field]
 
 
 def test_high_access_is_the_upper_half_of_a_64_bit_field() -> None:

@@ -58,6 +58,7 @@ __all__ = [
     "guest_tsc",
     "read_msr",
     "visible_tsc",
+    "visible_tsc_offset",
     "write_base_msr",
     "write_msr",
 ]
@@ -292,8 +293,13 @@ def guest_tsc(ctx: Emulation) -> int:
 
 def visible_tsc(ctx: Emulation) -> int:
     """The time-stamp counter as instructions read it: in a nested guest, with its hypervisor's offset."""
-    offset = 0 if ctx.non_root is None else ctx.non_root.tsc_offset
-    return guest_tsc(ctx) + offset & MASK64
+    return ctx.read_tsc() + visible_tsc_offset(ctx) & MASK64
+
+
+def visible_tsc_offset(ctx: Emulation) -> int:
+    """What :func:`visible_tsc` is ahead of the counter that nobody writes to."""
+    offset = ctx.msrs.tsc_offset
+    return offset if ctx.non_root is None else offset + ctx.non_root.tsc_offset & MASK64
 
 
 def read_msr(ctx: Emulation, index: int, *, host_initiated: bool = False) -> int:

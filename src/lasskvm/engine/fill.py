@@ -74,9 +74,12 @@ from lasskvm.memory import (
     SLOT_LOG_DIRTY_PAGES,
     SLOT_PAGE_FLAGS,
     SLOT_READONLY,
+    SLOT_SIZE,
     SLOT_WORDS,
     SLOT_WRITE_EPOCHS,
     TABLE_CODE_STORES,
+    TABLE_COUNT,
+    TABLE_FIRST,
 )
 from lasskvm.state import STATE_WORDS
 from lasskvm.x86.paging import PERM_GLOBAL, PERM_R, PERM_W, PERM_X
@@ -341,12 +344,27 @@ def forget_stored_code(cpu: int, context: int, memory: int) -> None:
     """Forget the code of pages that event delivery or a page walk has stored to (:mod:`lasskvm.engine.physical`)."""
     count = load64(memory + 8 * TABLE_CODE_STORES)
     store64(memory + 8 * TABLE_CODE_STORES, 0)
+    if count > CODE_STORES_KEPT:
+        _forget_all_code(cpu, context, memory)
+        return
     for index in range(count):
-        # Delivery stores at most a frame of six words and an accessed bit: none of them is lost.
-        if index < CODE_STORES_KEPT:
-            gpa = load64(memory + 8 * (TABLE_CODE_STORES + 1 + index))
-            slot = find_slot(memory, gpa)
-            invalidate_page(cpu, context, memory, slot, (gpa - load64(slot)) >> _PAGE_SHIFT)
+        gpa = load64(memory + 8 * (TABLE_CODE_STORES + 1 + index))
+        slot = find_slot(memory, gpa)
+        invalidate_page(cpu, context, memory, slot, (gpa - load64(slot)) >> _PAGE_SHIFT)
+
+
+def _forget_all_code(cpu: int, context: int, memory: int) -> None:
+    """Forget all translated code, because nobody knows which of it was stored to.
+
+    A walk under EPT marks dozens of entries, and the emulator walks without a fill in between.
+    """
+    slot = memory + 8 * TABLE_FIRST
+    for _ in range(load64(memory + 8 * TABLE_COUNT)):
+        page_flags = load64(slot + 8 * SLOT_PAGE_FLAGS)
+        for page in range(load64(slot + 8 * SLOT_SIZE) >> _PAGE_SHIFT):
+            if load8(page_flags + page) & PAGE_CODE != 0:
+                invalidate_page(cpu, context, memory, slot, page)
+        slot += 8 * SLOT_WORDS
 
 
 def invalidate_page(cpu: int, context: int, memory: int, slot: int, page: int) -> None:

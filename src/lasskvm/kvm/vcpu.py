@@ -16,7 +16,7 @@ from lasskvm.emulator.events import Event, EventKind
 from lasskvm.emulator.execution import emulate_instruction
 from lasskvm.emulator.faults import DebugReport, EptFault, TripleFault, Unhandleable
 from lasskvm.emulator.mmio import MmioReadNeeded
-from lasskvm.emulator.msrs import MsrAccessNeeded, visible_tsc
+from lasskvm.emulator.msrs import MsrAccessNeeded, visible_tsc, visible_tsc_offset
 from lasskvm.emulator.port_io import PortAccessNeeded
 from lasskvm.engine import context as c
 from lasskvm.engine.engine import EngineExit
@@ -335,8 +335,7 @@ class Vcpu(ReportingVcpu):
         clock, engine = self.vm.clock, self.engine
         deadline = clock.next_deadline()
         skipped = clock.skipped_ns if isinstance(clock, VirtualClock) else 0
-        l2_offset = 0 if self.nested.non_root is None else self.nested.non_root.tsc_offset
-        offset = self.emulation.msrs.tsc_offset + l2_offset
+        offset = visible_tsc_offset(self.emulation)
         programmed = deadline, slice_end, skipped, offset, self.interpreter.blocks
         if programmed == self._programmed:
             return

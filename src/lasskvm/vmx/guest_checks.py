@@ -149,12 +149,11 @@ def check_volatile_guest_state(
 
 def _has_non_register_state(vmcs: Vmcs12) -> bool:
     """Whether L2 is anything but active, with nothing blocked, pending, or injected. Then nothing can be wrong."""
-    fields = vmcs.fields
     return bool(
-        fields[VmcsField.GUEST_INTERRUPTIBILITY_INFO]
-        or fields[VmcsField.GUEST_ACTIVITY_STATE]
-        or fields[VmcsField.GUEST_PENDING_DBG_EXCEPTIONS]
-        or fields[VmcsField.VM_ENTRY_INTR_INFO_FIELD] & vmx.INTR_INFO_VALID_MASK
+        vmcs[VmcsField.GUEST_INTERRUPTIBILITY_INFO]
+        or vmcs[VmcsField.GUEST_ACTIVITY_STATE]
+        or vmcs[VmcsField.GUEST_PENDING_DBG_EXCEPTIONS]
+        or vmcs[VmcsField.VM_ENTRY_INTR_INFO_FIELD] & vmx.INTR_INFO_VALID_MASK
     )
 
 

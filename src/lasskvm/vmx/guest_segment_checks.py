@@ -101,9 +101,9 @@ def segment_violations(vmcs: Vmcs12, words: Words) -> Iterator[str]:
         is_unrestricted_guest(vmcs),
         vmcs[VmcsField.GUEST_CR0] & CR0_PE != 0,
     )
-    selectors, rights = _SELECTORS(vmcs.fields), _RIGHTS(vmcs.fields)
-    yield from _descriptor_violations(mode, selectors, _LIMITS(vmcs.fields), rights)
-    yield from _base_violations(mode, selectors, _BASES(vmcs.fields), rights, linear_bits(words[CR4_ALLOWED]))
+    selectors, rights = _SELECTORS(vmcs), _RIGHTS(vmcs)
+    yield from _descriptor_violations(mode, selectors, _LIMITS(vmcs), rights)
+    yield from _base_violations(mode, selectors, _BASES(vmcs), rights, linear_bits(words[CR4_ALLOWED]))
 
 
 def segment_dpl(rights: int) -> int:

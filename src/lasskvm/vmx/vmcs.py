@@ -143,11 +143,6 @@ class Vmcs12(dict[int, int]):
         self.launched = launched
         self.abort = abort
 
-    @property
-    def fields(self) -> dict[int, int]:
-        """The VMCS itself, as what it is a kind of."""
-        return self
-
     def __setitem__(self, key: int, value: int) -> None:
         super().__setitem__(key, value & _MASKS[key])
 
@@ -183,7 +178,7 @@ class Vmcs12(dict[int, int]):
     def pack(self) -> bytes:
         """The region's beginning, up to where all that follows is kept as it is."""
         launch_state = _LAUNCHED if self.launched else _CLEAR
-        return _VMCS12.pack(VMCS12_REVISION, self.abort, launch_state, *map(self.fields.__getitem__, _KEYS))
+        return _VMCS12.pack(VMCS12_REVISION, self.abort, launch_state, *map(self.__getitem__, _KEYS))
 
     def read(self, encoding: int) -> int:
         """VMREAD: the field that *encoding*, 64 bits, names, or its upper half; zero-extended.
@@ -191,7 +186,7 @@ class Vmcs12(dict[int, int]):
         Raises :class:`VmFailValid` with error 12 when there is no such field. Outside 64-bit mode the operands are 32
         bits wide; the caller cuts the value.
         """
-        value = self.fields[_supported(encoding)]
+        value = self[_supported(encoding)]
         return value >> _HIGH_SHIFT if is_high_access(encoding) else value
 
     def write(self, encoding: int, value: int, *, any_field: bool) -> None:
@@ -207,8 +202,8 @@ class Vmcs12(dict[int, int]):
         if key in _ACCESS_RIGHTS:
             value &= SEGMENT_AR_WRITABLE
         if is_high_access(encoding):
-            value = (value & _MASK32) << _HIGH_SHIFT | self.fields[key] & _MASK32
-        self.fields[key] = value & _MASKS[key]
+            value = (value & _MASK32) << _HIGH_SHIFT | self[key] & _MASK32
+        self[key] = value
 
 
 def _supported(encoding: int) -> int:
