@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from l2_guest import L2
 from legacy_modes import enter_real_mode
 
+from lasskvm.emulator.events import Event
 from lasskvm.emulator.faults import GuestFault, debug_trap
 from lasskvm.state import INTERRUPT_SHADOW, NMI_BLOCKED, RFLAGS
 from lasskvm.vmx.exit_record import NestedExit
@@ -43,16 +44,16 @@ def l2() -> L2:
 @pytest.mark.parametrize("vector", [GP, SS])
 def test_a_lass_violation_of_l2_reaches_l1_when_its_vector_is_in_the_bitmap(l2: L2, vector: int) -> None:
     l2.vmcs[F.EXCEPTION_BITMAP] = 0xFFFF_FFFF & ~(1 << vector)
-    assert exception_exit(l2.words, GuestFault(vector, 0), l2.vmcs) is None
+    assert exception_exit(l2.words, Event.of_fault(GuestFault(vector, 0)), l2.vmcs) is None
     l2.vmcs[F.EXCEPTION_BITMAP] = 1 << vector
-    assert exception_exit(l2.words, GuestFault(vector, 0), l2.vmcs) == NestedExit(
+    assert exception_exit(l2.words, Event.of_fault(GuestFault(vector, 0)), l2.vmcs) == NestedExit(
         ExitReason.EXCEPTION_NMI, interruption_information=HARD | WITH_CODE | vector
     )
 
 
 def test_an_error_code_is_told_with_the_exception(l2: L2) -> None:
     l2.vmcs[F.EXCEPTION_BITMAP] = 1 << GP
-    assert exception_exit(l2.words, GuestFault(GP, 0x28), l2.vmcs) == NestedExit(
+    assert exception_exit(l2.words, Event.of_fault(GuestFault(GP, 0x28)), l2.vmcs) == NestedExit(
         ExitReason.EXCEPTION_NMI,
         interruption_information=HARD | WITH_CODE | GP,
         interruption_error_code=0x28,
@@ -62,7 +63,7 @@ def test_an_error_code_is_told_with_the_exception(l2: L2) -> None:
 @pytest.mark.parametrize("vector", [UD, NM])
 def test_exceptions_without_error_code_say_so(l2: L2, vector: int) -> None:
     l2.vmcs[F.EXCEPTION_BITMAP] = 1 << vector
-    assert exception_exit(l2.words, GuestFault(vector), l2.vmcs) == NestedExit(
+    assert exception_exit(l2.words, Event.of_fault(GuestFault(vector)), l2.vmcs) == NestedExit(
         ExitReason.EXCEPTION_NMI, interruption_information=HARD | vector
     )
 
@@ -70,7 +71,7 @@ def test_exceptions_without_error_code_say_so(l2: L2, vector: int) -> None:
 def test_in_real_mode_no_exception_has_an_error_code(l2: L2) -> None:
     enter_real_mode(l2)
     l2.vmcs[F.EXCEPTION_BITMAP] = 1 << GP
-    assert exception_exit(l2.words, GuestFault(GP, 0), l2.vmcs) == NestedExit(
+    assert exception_exit(l2.words, Event.of_fault(GuestFault(GP, 0)), l2.vmcs) == NestedExit(
         ExitReason.EXCEPTION_NMI, interruption_information=HARD | GP
     )
 
@@ -78,7 +79,7 @@ def test_in_real_mode_no_exception_has_an_error_code(l2: L2) -> None:
 def test_a_page_fault_tells_its_address_in_the_qualification(l2: L2) -> None:
     l2.vmcs[F.EXCEPTION_BITMAP] = 1 << PF
     fault = GuestFault(PF, PF_W | PF_U, cr2=0x7FFF_1234_5678)
-    assert exception_exit(l2.words, fault, l2.vmcs) == NestedExit(
+    assert exception_exit(l2.words, Event.of_fault(fault), l2.vmcs) == NestedExit(
         ExitReason.EXCEPTION_NMI,
         qualification=0x7FFF_1234_5678,
         interruption_information=HARD | WITH_CODE | PF,
@@ -88,7 +89,7 @@ def test_a_page_fault_tells_its_address_in_the_qualification(l2: L2) -> None:
 
 def test_a_debug_exception_tells_its_dr6_bits_in_the_qualification(l2: L2) -> None:
     l2.vmcs[F.EXCEPTION_BITMAP] = 1 << DB
-    assert exception_exit(l2.words, debug_trap(DR6_BS | DR6_B0), l2.vmcs) == NestedExit(
+    assert exception_exit(l2.words, Event.of_fault(debug_trap(DR6_BS | DR6_B0)), l2.vmcs) == NestedExit(
         ExitReason.EXCEPTION_NMI,
         qualification=DR6_BS | DR6_B0,
         interruption_information=HARD | DB,

@@ -11,7 +11,7 @@ from iced_x86 import FlowControl, Mnemonic
 
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.decode import Decoded, fetch_instruction
-from lasskvm.emulator.faults import EptFault, GuestFault
+from lasskvm.emulator.faults import Interruption
 from lasskvm.state import RIP, RSP
 from lasskvm.x86.registers import MASK64
 
@@ -58,7 +58,7 @@ def _last_instruction(ctx: Emulation, block_start: int) -> Decoded | None:
     for _ in range(_BLOCK_INSTRUCTIONS):
         try:
             decoded = fetch_instruction(ctx)
-        except (GuestFault, EptFault):
+        except Interruption:
             return None
         if decoded.instruction.flow_control not in _SEQUENTIAL:
             return decoded

@@ -19,6 +19,7 @@ __all__ = [
     "DebugReport",
     "EptFault",
     "GuestFault",
+    "Interruption",
     "TripleFault",
     "Unhandleable",
     "debug_trap",
@@ -28,7 +29,14 @@ __all__ = [
 ]
 
 
-class GuestFault(Exception):
+class Interruption(Exception):
+    """What ends an instruction before it is done, so that whoever has begun to change something puts it back.
+
+    It is one of :class:`GuestFault` and :class:`EptFault`.
+    """
+
+
+class GuestFault(Interruption):
     """Exception *vector* for the guest.
 
     ``error_code`` is None for vectors that push none. ``cr2`` is the faulting linear address of a #PF, and
@@ -62,7 +70,7 @@ class DebugReport(Exception):
         super().__init__(vector_name(vector))
 
 
-class EptFault(Exception):
+class EptFault(Interruption):
     """An access of a nested guest ends in an EPT violation or misconfiguration, which is its hypervisor's business.
 
     ``address`` is the linear address of the access, where it has one. The state words ``EPT_FAULT_GPA`` and

@@ -19,7 +19,7 @@ from lasskvm.emulator.execution import (
     is_implemented,
     skip_forced_emulation_prefix,
 )
-from lasskvm.emulator.faults import EptFault, GuestFault, Unhandleable
+from lasskvm.emulator.faults import EptFault, GuestFault, Interruption, Unhandleable
 from lasskvm.emulator.linearize import linear_address
 from lasskvm.emulator.mmu import next_linear, translate
 from lasskvm.emulator.modes import linear_address_bits
@@ -76,7 +76,7 @@ def _classify(vcpu: Vcpu, vector: int, error_code: int, address: int, write: boo
     words = vcpu.state.words
     try:
         decoded = fetch_instruction(vcpu.emulation)
-    except (GuestFault, EptFault):
+    except Interruption:
         return vector, error_code
     if vector == GP and is_stack_access(words, decoded, address):
         return SS, error_code
@@ -92,7 +92,7 @@ def _classify_violation(vcpu: Vcpu, outcome: int, address: int) -> int:
         return outcome
     try:
         decoded = fetch_instruction(vcpu.emulation)
-    except (GuestFault, EptFault):
+    except Interruption:
         return outcome
     if is_read_modify_write(vcpu.state.words, decoded, address):
         return outcome & ~EptViolation.ACC_READ | EptViolation.ACC_WRITE
@@ -129,7 +129,7 @@ def _first_straddling(vcpu: Vcpu, start: int) -> int:
                 break
             words[RIP] = next_rip(words, decoded)
             linear = next_linear(words, linear, decoded.length)
-    except (GuestFault, EptFault):
+    except Interruption:
         # The instruction that reaches into the missing page, or one that is no instruction.
         return linear
     finally:

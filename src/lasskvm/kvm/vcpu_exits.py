@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lasskvm.emulator.completion import complete
 from lasskvm.emulator.decode import fetch_instruction
 from lasskvm.emulator.execution import deliver_fault, resume_instruction
-from lasskvm.emulator.faults import DebugReport, EptFault, GuestFault, debug_trap
+from lasskvm.emulator.faults import DebugReport, GuestFault, Interruption, debug_trap
 from lasskvm.emulator.instructions.ports import finish_access
 from lasskvm.emulator.instructions.registers import finish_rdmsr
 from lasskvm.emulator.linearize import linear_address
@@ -130,7 +130,7 @@ class ReportingVcpu(StatefulVcpu):
         words = self.state.words
         try:
             code = fetch_instruction(self.emulation)
-        except (GuestFault, EptFault):
+        except Interruption:
             return InternalErrorExit(detail)
         place = self.translate(linear_address(words, CS, words[RIP]))
         instruction = self.vm.memory.read(place.physical_address, code.length) if place.valid else b""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import NamedTuple
 
-from lasskvm.emulator.faults import GuestFault
+from lasskvm.emulator.events import Event
 from lasskvm.emulator.modes import in_real_mode
 from lasskvm.state import INTERRUPT_SHADOW, NMI_BLOCKED, RFLAGS, Words
 from lasskvm.vmx.exit_record import NestedExit
@@ -60,23 +60,23 @@ def may_intercept_page_faults(vmcs: Vmcs12) -> bool:
     return bool(mask or match)
 
 
-def exception_exit(words: Words, fault: GuestFault, vmcs: Vmcs12) -> NestedExit | None:
-    """The VM exit that the hardware exception *fault* of L2 causes instead of being delivered, if it does.
+def exception_exit(words: Words, event: Event, vmcs: Vmcs12) -> NestedExit | None:
+    """The VM exit that the hardware exception *event* of L2 causes instead of being delivered, if it does.
 
     CR2 and DR6 stay as they are then: the exit qualification has the linear address of a #PF, and the bits that a #DB
-    would have set in DR6. *words* is L2's state. When another event was being delivered, the caller adds it to the
+    would have set in DR6. *words* is L2's state. When another one was being delivered, the caller adds it to the
     record, and asks about the #DF where one is due. Exceptions of INT3, INTO and INT1 are those of
     :func:`software_exception_exit`.
     """
-    if not intercept_exception(fault.vector, fault.error_code, vmcs):
+    if not intercept_exception(event.vector, event.error_code, vmcs):
         return None
-    information = vmx.INTR_INFO_VALID_MASK | vmx.INTR_TYPE_HARD_EXCEPTION | fault.vector
+    information = vmx.INTR_INFO_VALID_MASK | vmx.INTR_TYPE_HARD_EXCEPTION | event.vector
     error_code = 0
     # In real mode no error code would be delivered.
-    if fault.error_code is not None and not in_real_mode(words):
+    if event.error_code is not None and not in_real_mode(words):
         information |= vmx.INTR_INFO_DELIVER_CODE_MASK
-        error_code = fault.error_code
-    qualification = {PF: fault.cr2, DB: fault.dr6}.get(fault.vector)
+        error_code = event.error_code
+    qualification = {PF: event.cr2, DB: event.dr6}.get(event.vector)
     return NestedExit(
         ExitReason.EXCEPTION_NMI,
         qualification=qualification or 0,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.decode import Decoded
 from lasskvm.emulator.events import Event, EventKind
-from lasskvm.emulator.faults import EptFault, GuestFault
+from lasskvm.emulator.faults import EptFault
 from lasskvm.memory import GuestMemory
 from lasskvm.state import CR8, EPT_FAULT_GPA, EPT_OUTCOME, RIP, Words
 from lasskvm.vmx.control_register_shadows import visible_cr0, visible_cr4
@@ -103,8 +103,7 @@ class NonRootOperation:
         """
         if event.kind is not EventKind.EXCEPTION or _is_int1(event):
             return
-        fault = GuestFault(event.vector, event.error_code, event.cr2, event.dr6)
-        record = exception_exit(self._words, fault, self.vmcs)
+        record = exception_exit(self._words, event, self.vmcs)
         if record is None:
             return
         # A double fault that exits is not seen as an event that came up during the delivery of another.

@@ -15,7 +15,7 @@ from lasskvm.emulator.completion import Handler, complete, next_rip
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.data_access import touch
 from lasskvm.emulator.decode import Decoded
-from lasskvm.emulator.faults import EptFault, GuestFault, debug_trap, general_protection
+from lasskvm.emulator.faults import Interruption, debug_trap, general_protection
 from lasskvm.emulator.modes import in_real_mode, in_virtual_8086_mode
 from lasskvm.emulator.operation import Builder, Executor
 from lasskvm.emulator.stack import (
@@ -117,7 +117,7 @@ def _pop(decoded: Decoded) -> Executor:
         release(ctx)
         try:
             store_operand(ctx, value)
-        except (GuestFault, EptFault):
+        except Interruption:
             words[RSP] = pointer
             raise
 

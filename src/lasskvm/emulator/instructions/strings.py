@@ -20,7 +20,7 @@ from lasskvm.emulator.completion import Handler, complete
 from lasskvm.emulator.context import Emulation
 from lasskvm.emulator.data_access import checks_alignment, load, store
 from lasskvm.emulator.decode import SEGMENT_NUMBERS, Decoded
-from lasskvm.emulator.faults import EptFault, GuestFault
+from lasskvm.emulator.faults import Interruption
 from lasskvm.emulator.flags import KEPT, carry_flags
 from lasskvm.emulator.instructions.string_pieces import move_piece, store_piece
 from lasskvm.emulator.operation import Builder, Executor
@@ -226,7 +226,7 @@ def _comparing_batch(decoded: Decoded, element: Executor, mask: int) -> Callable
                 if ctx.leave_block or ctx.watch_hits:
                     ctx.mmio.commit()
                     break
-        except (GuestFault, EptFault):
+        except Interruption:
             words[RFLAGS] = flags
             raise
         return False
