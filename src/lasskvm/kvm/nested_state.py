@@ -27,9 +27,10 @@ from lasskvm.vmx.guest_checks import check_guest_state
 from lasskvm.vmx.guest_mode import is_ia32e_guest
 from lasskvm.vmx.guest_state import load_guest_state, save_guest_state
 from lasskvm.vmx.nested import NestedVmx
+from lasskvm.vmx.transitions import update_entry_controls
 from lasskvm.vmx.vmcs import VMCS12_REVISION, Vmcs12, VmFailValid
 from lasskvm.x86 import vmx
-from lasskvm.x86.registers import EFER_LMA, EFER_LME
+from lasskvm.x86.registers import EFER_LMA, EFER_LME, MASK64
 from lasskvm.x86.vmx_exits import ExitReason
 from lasskvm.x86.vmx_fields import VmcsField
 
@@ -67,6 +68,7 @@ _ENTRY_STATE = (
     VmcsField.GUEST_INTERRUPTIBILITY_INFO,
     VmcsField.GUEST_ACTIVITY_STATE,
     VmcsField.GUEST_PENDING_DBG_EXCEPTIONS,
+    VmcsField.VM_ENTRY_INTR_INFO_FIELD,
 )
 
 
@@ -97,7 +99,7 @@ def get_nested_state(vcpu: StatefulVcpu) -> bytes:
         flags |= _RUN_PENDING * nested.run_pending | _MTF_PENDING * nested.monitor_trap_pending
     deadline = nested.preemption_deadline
     if deadline is not None:
-        deadline = deadline + vcpu.emulation.msrs.tsc_offset & vmx.VMCS_NO_POINTER
+        deadline = deadline + vcpu.emulation.msrs.tsc_offset & MASK64
         deadline >>= nested.vmx.capabilities.misc & vmx.VMX_MISC_PREEMPTION_TIMER_RATE
     return _packed(
         _State(flags, nested.vmx.vmxon_gpa, nested.vmx.current_gpa, deadline, _complete_vmcs(vcpu, nested))
@@ -138,14 +140,10 @@ def _complete_vmcs(vcpu: StatefulVcpu, nested: NestedOperation) -> Vmcs12 | None
     vmcs = current.copy()
     # As the exit of an event between two instructions would save it.
     save_guest_state(vcpu.emulation, vmcs, NestedExit(ExitReason.PREEMPTION_TIMER))
-    controls = vmcs[VmcsField.VM_ENTRY_CONTROLS] & ~vmx.VM_ENTRY_IA32E_MODE
-    is_ia32e = vcpu.state.words[EFER] & EFER_LMA != 0
-    vmcs[VmcsField.VM_ENTRY_CONTROLS] = controls | vmx.VM_ENTRY_IA32E_MODE * is_ia32e
+    update_entry_controls(vcpu.emulation, vmcs)
     if nested.run_pending:
         for field in _ENTRY_STATE:
             vmcs[field] = current[field]
-    else:
-        vmcs[VmcsField.VM_ENTRY_INTR_INFO_FIELD] &= ~vmx.INTR_INFO_VALID_MASK
     return vmcs
 
 

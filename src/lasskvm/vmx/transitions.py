@@ -31,7 +31,7 @@ from lasskvm.x86.vmx import VmxAbort
 from lasskvm.x86.vmx_exits import EXIT_REASON_FAILED_VMENTRY, ExitReason
 from lasskvm.x86.vmx_fields import VmcsField
 
-__all__ = ["enter_guest", "fail_entry", "leave_guest", "record_exit"]
+__all__ = ["enter_guest", "fail_entry", "leave_guest", "record_exit", "update_entry_controls"]
 
 #: The VM-exit information fields, and what of a record goes into them.
 _RECORDED = {
@@ -104,7 +104,7 @@ def leave_guest(
     :class:`VmxAborted` when an MSR list is wrong or L1's state cannot be loaded.
     """
     record_exit(vmcs, record)
-    _update_entry_controls(ctx, vmcs)
+    update_entry_controls(ctx, vmcs)
     save_guest_state(ctx, vmcs, record, pending_debug)
     if timer_deadline is not None:
         save_timer(vmcs, capabilities, ctx.read_tsc(), timer_deadline)
@@ -122,7 +122,7 @@ def record_exit(vmcs: Vmcs12, record: NestedExit) -> None:
     vmcs.update(zip(_EXIT_FIELDS, _record_values(record), strict=True))
 
 
-def _update_entry_controls(ctx: Emulation, vmcs: Vmcs12) -> None:
+def update_entry_controls(ctx: Emulation, vmcs: Vmcs12) -> None:
     """The next VM entry injects nothing by itself, and enters the mode that L2 has left in (28.2, IA32_VMX_MISC)."""
     controls = vmcs[VmcsField.VM_ENTRY_CONTROLS] & ~vmx.VM_ENTRY_IA32E_MODE
     if ctx.words[EFER] & EFER_LMA:
